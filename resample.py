@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Re-draw chosen blocks of pictures and keep the rest: pictures, numbers, and a file one can go on from."""
+
+import contextlib
+import os
+import re
+
+import click
+
+DEMO_NETWORK = os.path.join(os.path.dirname(os.path.abspath(__file__)), "demo", "lorelei32.pkl")
+
+# ----------------------------------------------------------------------------
+# Parse.
+
+
+class NumRange(click.ParamType):
+    """Whole numbers >= 0: '0-7', '1,4' or both, '0-3,8'."""
+
+    name = "num_range"
+
+    def convert(self, value, param, ctx):
+        """The numbers in the order given, each once."""
+        if isinstance(value, list):
+            return value
+        numbers = []
+        for part in value.split(","):
+            match = re.fullmatch(r"\s*(\d{1,10})(?:-(\d{1,10}))?\s*", part)
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+            if not first <= last < min(2**32, first + 10**6):
+                self.fail(
+                    f"cannot read {part!r}: use numbers below 2**32 such as '0-7' or '1,4'.", param, ctx
+                )
+            numbers += range(first, last + 1)
+        return list(dict.fromkeys(numbers))
+
+
+FILE = click.Path(exists=True, dir_okay=False)
+OPTIONS = [
+    click.Option(["--network"], metavar="FILE|URL", help="Network pickle  [default: the demo]"),
+    click.Option(["--seeds"], type=NumRange(), help="Pictures to begin with: 0-7 / 1,4  [default: 0]"),
+    click.Option(["--blocks"], metavar="LIST",
+                 help="Re-draw these: 5,6 / 4-7 / row1 / rows0-1 / col2 / cols1-2 / all"),
+    click.Option(["--mask"], type=FILE, help="Re-draw the blocks that are white in this picture"),
+    click.Option(["--mask-coverage"], type=click.FloatRange(0, 1, max_open=True), default=0.0,
+                 show_default=True, help="Only blocks of which more than this share is white"),
+    click.Option(["--numbering"], is_flag=True, help="Also write the original with its blocks numbered"),
+    click.Option(["--candidates"], type=click.IntRange(1, 1000), help="How many to draw  [default: 4]"),
+    click.Option(["--candidate-seed"], type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
+                 help="Another number, other candidates"),
+    click.Option(["--swap"], type=NumRange(), help="Take the blocks from the pictures of these seeds"),
+    click.Option(["--from", "source"], type=click.Path(exists=True), help="Go on from this .json or folder"),
+    click.Option(["--pick"], type=click.IntRange(0), help="Which candidate of --from; 0 is the original"),
+    click.Option(["--projected-w"], type=FILE, help="Begin with the ws in this .npz instead of seeds"),
+    click.Option(["--trunc"], type=float, help="Truncation psi  [default: 1]"),
+    click.Option(["--noise-mode"], type=click.Choice(["const", "random", "none"]), help="[default: const]"),
+    click.Option(["--class", "class_idx"], type=int, help="Class of a conditional network"),
+    click.Option(["--outdir"], metavar="DIR", default="out", show_default=True, help="Parent of the folders"),
+    click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+]  # fmt: skip
+
+HELP = """Re-draw chosen blocks of pictures and leave the rest as it is.
+
+Blocks are numbered row by row from the top left; --numbering shows them.
+
+\b
+  python resample.py --blocks=5,6                      seed 0 of the demo network
+  python resample.py --blocks=row0 --seeds=0-7         the top row of eight pictures
+  python resample.py --from=out/00000-blocks5_6 --pick=3 --blocks=9
+"""
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Turns what a user can cause (ValueError, OSError) into one line on stderr and exit status 1."""
+    try:
+        yield
+    except (ValueError, OSError) as err:
+        raise click.ClickException(str(err)) from err
+
+
+# ----------------------------------------------------------------------------
+# Show.
+
+
+def show_result(job, record):
+    """What happened to one picture: a line a candidate."""
+    if not record["candidates"]:
+        return
+    click.echo(f"\n{record['name']}: {job.what} re-drawn")
+    click.echo("  candidate   change inside   outside   inside / outside")
+    for each in record["candidates"]:
+        numbers = [_text(each[key]) for key in ("inside", "outside", "ratio")]
+        click.echo(f"  {each['number']:>9}   {numbers[0]:>13}   {numbers[1]:>7}   {numbers[2]:>16}")
+
+
+def _text(value):
+    """A change with two or three digits; '-' where there is none to speak of."""
+    return "-" if value != value else f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def show_files(job, folder, records):
+    """Where everything is, and how to go on."""
+    name = records[0]["name"] if len(records) == 1 else f"{records[0]['name']} ... {records[-1]['name']}"
+    click.echo(f"\nWrote {folder}{os.sep} ({name})")
+    kinds = {
+        "*-grid.png": ("all candidates with maps of their changes", "grid" in records[0]["files"]),
+        "*-numbering.png": ("the original with its blocks numbered", "numbering" in records[0]["files"]),
+        "*-original.png, *-1.png, ...": ("single pictures", True),
+        "*.json, *.npz": ("settings, change of every block, history; latents", True),
+    }
+    for files, (text, written) in kinds.items():
+        if written:
+            click.echo(f"  {files:<30} {text}")
+    click.echo(f"Go on from candidate 1:  python resample.py --from={folder} --pick=1 --blocks=...")
+
+
+# ----------------------------------------------------------------------------
+# Launch.
+
+
+@click.command(help=HELP, params=OPTIONS)
+def main(**options):
+    from ssn_ext import results, session  # PyTorch is slow to import, and --help does not need it
+
+    with user_errors():
+        job = session.make_job(session.Options(**options), DEMO_NETWORK)
+        height, width = job.mask.shape
+        grid = "x".join(map(str, job.G.latent_grid))
+        click.echo(
+            f"Network {job.network_source}: {width}x{height} pixels, {grid} blocks, on {job.device}"
+        )
+        folder = results.run_folder(job.outdir, job.name, job.same)
+    records = []
+    for start in job.starts:
+        records.append(session.resample(job, folder, start))
+        show_result(job, records[-1])
+    show_files(job, folder, records)
+
+
+if __name__ == "__main__":
+    main()

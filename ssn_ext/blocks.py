@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of a spatial latent and of a picture: replace them, outline them, name them. Pure functions.
+
+A grid is (h, w) and has B = h*w blocks, numbered row by row from the top left. A spatial latent is flat and
+channel-major: [..., C*h*w] is [..., C, h, w] seen as one axis; the value at [c, r, k] is of block r*w + k.
+"""
+
+import re
+from collections.abc import Sequence
+
+import torch
+
+Grid = Sequence[int]
+
+
+# Blocks of a latent.
+
+
+def replace_blocks(
+    latent: torch.Tensor, fresh: torch.Tensor, blocks: Sequence[int] | torch.Tensor, grid: Grid
+) -> torch.Tensor:
+    """`latent` with the chosen blocks taken from `fresh`; every other value is bit for bit that of `latent`.
+
+    latent, fresh: [N, ..., C*h*w] (z, or ws [N, num_ws, w_dim]) or [N, C, h, w]; fresh may broadcast.
+    blocks: list of ints, the same for all samples, or LongTensor [N], one block a sample.
+    Returns a new tensor of latent's shape and dtype; gradients flow into both arguments.
+    Raises ValueError for a shape that does not fit the grid or a block outside it.
+    """
+    h, w = grid
+    tail = _tail_shape(latent.shape, grid)
+    chosen = block_selector(blocks, latent.shape[0], grid, device=latent.device)  # [N or 1, B]
+    where = chosen.reshape(chosen.shape[0], *[1] * (len(tail) - 3), h, w)
+    fresh = fresh.to(latent.dtype).expand_as(latent)
+    return torch.where(where, fresh.reshape(tail), latent.reshape(tail)).reshape(latent.shape)
+
+
+def block_selector(
+    blocks: Sequence[int] | torch.Tensor, num_samples: int, grid: Grid, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """Bool [N, B] (from a LongTensor [N]) or [1, B] (from a list): True where a sample's block is chosen."""
+    num_blocks = grid[0] * grid[1]
+    if isinstance(blocks, torch.Tensor):
+        if blocks.shape != (num_samples,):
+            raise ValueError(
+                f"Expected one block for each of {num_samples} samples, not {list(blocks.shape)}"
+            )
+        chosen = torch.zeros([num_samples, num_blocks], dtype=torch.bool, device=device)
+        return chosen.scatter(1, blocks.to(device)[:, None], True)  # an index outside the grid raises here
+    check_blocks(blocks, grid)
+    chosen = torch.zeros([1, num_blocks], dtype=torch.bool)
+    chosen[:, list(blocks)] = True
+    return chosen.to(device)
+
+
+def check_blocks(blocks: Sequence[int], grid: Grid) -> None:
+    """Raises ValueError naming the first block that a grid (h, w) does not have."""
+    last = grid[0] * grid[1] - 1
+    for block in blocks:
+        if not 0 <= block <= last:
+            raise ValueError(f"Block {block} is outside the {grid[0]}x{grid[1]} grid: blocks are 0 to {last}")
+
+
+def _tail_shape(shape: torch.Size, grid: Grid) -> tuple[int, ...]:
+    """The shape [N, ..., C, h, w] under which a latent of this shape is seen."""
+    h, w = grid
+    if len(shape) == 4 and tuple(shape[-2:]) == (h, w):
+        return tuple(shape)
+    if len(shape) < 2 or shape[-1] % (h * w) != 0:
+        raise ValueError(f"A latent of shape {list(shape)} does not hold a {h}x{w} grid of blocks")
+    return (*shape[:-1], shape[-1] // (h * w), h, w)
+
+
+# Blocks of a picture.
+
+
+def block_masks(grid: Grid, shape: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
+    """Bool [B, H, W] for pictures of shape (H, W): block (r, k) covers rows floor(r*H/h)..floor((r+1)*H/h).
+
+    The masks are disjoint, cover the picture, and none is empty: ValueError if the picture has fewer pixels
+    than the grid has blocks along a side.
+    """
+    (h, w), (height, width) = grid, shape
+    if height < h or width < w:
+        raise ValueError(f"A picture of {height}x{width} pixels is smaller than its {h}x{w} grid of blocks")
+    rows = _intervals(h, height)  # [h, H]
+    columns = _intervals(w, width)  # [w, W]
+    masks = rows[:, None, :, None] & columns[None, :, None, :]  # [h, w, H, W]
+    return masks.reshape(h * w, height, width).to(device)
+
+
+def union_mask(blocks: Sequence[int], grid: Grid, shape: Sequence[int]) -> torch.Tensor:
+    """Bool [H, W]: the pixels of the chosen blocks together."""
+    check_blocks(blocks, grid)
+    return block_masks(grid, shape)[list(blocks)].any(dim=0)
+
+
+def neighbours(grid: Grid, cells: int = 1) -> torch.Tensor:
+    """Bool [B, B]: True where two blocks are at most `cells` apart, diagonals and itself included."""
+    number = torch.arange(grid[0] * grid[1])
+    place = torch.stack([number // grid[1], number % grid[1]])  # [2, B]
+    return (place[:, :, None] - place[:, None, :]).abs().amax(dim=0) <= cells
+
+
+def halo_masks(grid: Grid, shape: Sequence[int], cells: int = 1) -> torch.Tensor:
+    """Bool [B, H, W]: each block together with a halo of `cells` blocks around it."""
+    masks = block_masks(grid, shape)
+    return torch.stack([masks[near].any(dim=0) for near in neighbours(grid, cells)])
+
+
+def blocks_of_mask(mask: torch.Tensor, grid: Grid, coverage: float = 0.0) -> list[int]:
+    """The blocks of which a bool mask [H, W] covers more than the share `coverage` in [0, 1)."""
+    masks = block_masks(grid, mask.shape)
+    share = (masks & mask.bool()).sum(dim=(1, 2)) / masks.sum(dim=(1, 2))  # [B]
+    return torch.nonzero(share > coverage).flatten().tolist()
+
+
+def _intervals(parts: int, size: int) -> torch.Tensor:
+    """Bool [parts, size]: a row of pixels cut into consecutive parts at floor(i * size / parts)."""
+    edges = torch.arange(parts + 1) * size // parts
+    pixels = torch.arange(size)
+    return (pixels >= edges[:-1, None]) & (pixels < edges[1:, None])
+
+
+# Names of blocks.
+
+
+def parse_blocks(text: str, grid: Grid) -> list[int]:
+    """Sorted block numbers from a list such as '5,6', '4-7', 'row1', 'rows0-1', 'col2', 'cols1-2' or 'all'.
+
+    Parts are joined by commas: 'row0,12-15'. Rows and columns count from 0 as blocks do.
+    Raises ValueError, in one line, for a part that reads otherwise or lies outside the grid (h, w).
+    """
+    return sorted({block for part in text.split(",") for block in _parse_part(part.strip().lower(), grid)})
+
+
+def _parse_part(part: str, grid: Grid) -> list[int]:
+    h, w = grid
+    numbers = torch.arange(h * w).reshape(h, w)
+    if part == "all":
+        return numbers.flatten().tolist()
+    match = re.fullmatch(r"(rows?|cols?|)\s*(\d+)(?:\s*-\s*(\d+))?", part)
+    if match is None:
+        raise ValueError(f"Cannot read {part!r} as blocks: use '5,6', '4-7', 'row1', 'cols1-2' or 'all'")
+    kind = match[1].rstrip("s")
+    first, last = int(match[2]), int(match[3] or match[2])
+    name, count = {"row": ("rows", h), "col": ("columns", w), "": ("blocks", h * w)}[kind]
+    if first > last:
+        raise ValueError(f"The range {part!r} runs backwards: write the smaller number first")
+    if last >= count:
+        raise ValueError(f"{part!r} is outside the {h}x{w} grid: {name} are 0 to {count - 1}")
+    chosen = {"row": numbers[first : last + 1], "col": numbers[:, first : last + 1]}
+    return chosen.get(kind, torch.arange(first, last + 1)).flatten().tolist()

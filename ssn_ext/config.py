@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The configs of the plug-in: a StyleGAN2 config, edited."""
+
+import copy
+
+import dnnlib
+from ssn_ext.transfer import spatial_kwargs
+from training import configs
+from training.configs import ConfigError
+
+# Arguments of the networks that the training loop fills in from the data set.
+FROM_DATA = ["c_dim", "img_resolution", "img_channels"]
+
+
+def ssn(c, opts):
+    """Spatially Stochastic Network: StyleGAN2 with a grid of independent latents and a penalty on far-reaching edits.
+
+    Widths, depth, architecture and clamp are those of the --resume file; without one, the paper row of the resolution
+    (below 256: laptop).
+    """
+    resolution = c.training_set_kwargs.resolution
+    rows = {256: configs.paper256, 512: configs.paper512, 1024: configs.paper1024}
+    rows.get(resolution, configs.laptop if resolution < 256 else configs.paper1024)(c, opts)
+    grid = parse_grid(opts.latent_grid) if opts.latent_grid else [4, 4]
+    if opts.source is None:
+        plain = c.G_kwargs
+    else:
+        plain, grid = widths_of(opts.source, c, grid if opts.latent_grid else None)
+    c.G_kwargs = dnnlib.EasyDict(spatial_kwargs(plain, grid), class_name="ssn_ext.networks.SpatialGenerator")
+    synthesis = c.G_kwargs.synthesis_kwargs = dnnlib.EasyDict(c.G_kwargs.get("synthesis_kwargs", {}))
+    # a quarter of the widest layer: 128 of 512, and as small a part of a small network
+    synthesis.setdefault("encoder_kwargs", dict(channels=max(synthesis.get("channel_max", 512) // 4, 8)))
+    if opts.encoder_init:
+        synthesis.encoder_init = opts.encoder_init
+    if opts.demodulation:
+        synthesis.demodulation = opts.demodulation.replace("-", "_")
+    c.loss_kwargs.update(class_name="ssn_ext.loss.DistortionRegularizedLoss")
+    c.loss_kwargs.lambda_d = 100.0 if opts.lambda_d is None else opts.lambda_d
+    if opts.dist_blocks:
+        c.loss_kwargs.dist_blocks = opts.dist_blocks
+    c.transfer = "ssn_ext.transfer.transfer"
+    c.tick_hooks.append("ssn_ext.hooks.ChangeMaps")
+
+
+def parse_grid(text):
+    """'4x6' -> [4, 6]: rows and columns of blocks."""
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+        raise ConfigError(f"--latent-grid={text}: expected rows x columns, such as 4x4")
+    return [int(side) for side in sides]
+
+
+def widths_of(source, c, grid):
+    """(constructor arguments of a plain generator, grid) from the networks of a snapshot; sets c.D_kwargs likewise.
+
+    grid: the one asked for, or None for that of a spatial source, else 4x4.
+    """
+    G, D = source["G_ema"], source["D"]
+    if G.img_resolution != c.training_set_kwargs.resolution:
+        raise ConfigError(
+            f"--resume: the network makes {G.img_resolution}x{G.img_resolution} pictures, --data has"
+            f" {c.training_set_kwargs.resolution}x{c.training_set_kwargs.resolution}"
+        )
+    plain = _own_kwargs(G)
+    old = plain.pop("latent_grid", None)
+    if old is not None:
+        for name in ["z_dim", "w_dim"]:
+            plain[name] //= old[0] * old[1]
+    c.D_kwargs = dnnlib.EasyDict(_own_kwargs(D), class_name=c.D_kwargs.class_name)
+    return plain, grid or old or [4, 4]
+
+
+def _own_kwargs(network):
+    """The constructor arguments of a network without those that the data set gives."""
+    kwargs = copy.deepcopy(dict(network.init_kwargs))
+    if network.init_args:
+        raise ConfigError("--resume: the network was built with positional arguments, which cannot be named")
+    return dnnlib.EasyDict({k: v for k, v in kwargs.items() if k not in FROM_DATA})

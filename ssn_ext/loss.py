@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The SSN loss: StyleGAN2's and lambda_d times the distortion regulariser R_D, one more term and one more phase."""
+
+import torch
+
+from ssn_ext import blocks, distortion
+from torch_utils import training_stats
+from training.loss import PhaseRow, StyleGAN2Loss
+
+
+class DistortionRegularizedLoss(StyleGAN2Loss):
+    """StyleGAN2's loss + lambda_d * R_D, eq. (2) of the SSN paper on the scale of DESIGN's D4.
+
+    R_D = E sum_a sum_{b != a} MSE(g(z)_b, g(z^a)_b) / (B (B - 1)) over pictures in [-1, 1] that are not clamped, where
+    z^a is z with block a drawn anew. It is estimated without bias: per sample one uniform block a (dist_blocks of
+    them, averaged), the same noise in both pictures, no style mixing. The phase runs every dist_interval iterations on
+    1/dist_batch_shrink of the batch, weighted by the interval; at lambda_d = 0 there is no such phase.
+    """
+
+    TERMS = {**StyleGAN2Loss.TERMS, "Gdist": ["distortion"]}
+
+    def __init__(self, *args, lambda_d=100, dist_interval=4, dist_batch_shrink=2, dist_blocks=1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lambda_d = lambda_d
+        self.dist_interval = dist_interval
+        self.dist_batch_shrink = dist_batch_shrink
+        self.dist_blocks = dist_blocks
+
+    def phase_rows(self, G_reg_interval=4, D_reg_interval=16):
+        """StyleGAN2's phases and, unless lambda_d is 0, Gdist after the other phases of G."""
+        rows = super().phase_rows(G_reg_interval, D_reg_interval)
+        if self.lambda_d != 0:
+            after = sum(row.net == "G" for row in rows)
+            rows.insert(after, PhaseRow("Gdist", "G", self.dist_interval))
+        return rows
+
+    def distortion(self, batch):
+        """lambda_d * the estimate of R_D, [N']."""
+        size = max(batch.gen_z.shape[0] // self.dist_batch_shrink, 1)
+        z, c = batch.gen_z[:size], batch.gen_c[:size]
+        value = estimate_distortion(self.G_mapping, self.G_synthesis, z, c, self.dist_blocks)
+        training_stats.report("Loss/distortion", value)
+        return training_stats.report("Loss/G/dist", value * self.lambda_d)
+
+
+def estimate_distortion(G_mapping, G_synthesis, z, c, num_blocks=1):
+    """One unbiased draw of R_D per sample -> [N]: MSE outside a random block a of g(z) and g(z^a), `num_blocks` draws
+    averaged. z [N, z_dim]; a is drawn before z', and both before the noise, which all pictures share."""
+    grid = G_mapping.latent_grid
+    ws = G_mapping(z, c, skip_w_avg_update=True)
+    picks = torch.randint(grid[0] * grid[1], [num_blocks, z.shape[0]], device=z.device)
+    fresh = [G_mapping(torch.randn_like(z), c, skip_w_avg_update=True) for _ in range(num_blocks)]
+    noise = NoiseReplay(z.device)
+    before = noise.run(G_synthesis, ws)
+    masks = blocks.block_masks(grid, before.shape[2:], device=before.device)  # [B, H, W]
+    total = 0
+    for block, other in zip(picks, fresh, strict=True):
+        after = noise.run(G_synthesis, blocks.replace_blocks(ws, other, block, grid))
+        total = total + distortion.outside_change(before, after, masks[block])
+    return total / num_blocks
+
+
+class NoiseReplay:
+    """Runs functions from one and the same state of the device's random numbers, so that they draw the same noise."""
+
+    def __init__(self, device):
+        self.get, self.set = torch.get_rng_state, torch.set_rng_state
+        if device.type == "cuda":
+            self.get = lambda: torch.cuda.get_rng_state(device)
+            self.set = lambda state: torch.cuda.set_rng_state(state, device)
+        self.state = self.get()
+
+    def run(self, function, *args, **kwargs):
+        """function(*args, **kwargs) from the remembered state; the state goes on from the latest run."""
+        self.set(self.state)
+        return function(*args, **kwargs)

@@ -1,0 +1,510 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The generator of Spatially Stochastic Networks (SSN): StyleGAN2 with a grid of independent latent blocks.
+
+Persistent classes: the source of this module travels inside every pickle, so it is self-contained (it needs dnnlib
+and torch_utils only, also those of NVIDIA's checkouts), reads under Python 3.7 and holds plain Python state. Its layers
+resemble training/networks.py for that reason; a test holds that a 1x1 grid equals the plain generator.
+
+Flat at the boundary, spatial inside: for a grid of h x w blocks with C channels each, z_dim and w_dim are C*h*w, and a
+latent [N, C*h*w] is [N, C, h, w] seen as one axis (channel-major). Shapes: N samples, I/O/C channels, R resolution.
+"""
+
+# The mutable defaults below are part of the public signatures and are never written to.
+# ruff: noqa: B006
+
+import math
+
+import torch
+
+from torch_utils import misc, persistence
+from torch_utils.ops import bias_act, conv2d_resample, fma, upfirdn2d
+
+HALF_POWER = math.sqrt(0.5)  # two branches of equal variance, so scaled, add up to that variance again
+
+# ----------------------------------------------------------------------------
+# Functions.
+
+
+def normalize_2nd_moment(x, dim=1, eps=1e-8):
+    """Scales x so that the mean of its squares along `dim` is one."""
+    return x * (x.square().mean(dim=dim, keepdim=True) + eps).rsqrt()
+
+
+def resize(x, height, width):
+    """Resizes maps [N,C,h,w] -> [N,C,height,width], axis by axis: bilinear with clamped borders where the result is
+    finer, an area average where it is coarser. The weights of every result sum to one, so that constant maps stay."""
+    h, w = x.shape[2], x.shape[3]
+    if height < h or width < w:
+        x = torch.nn.functional.adaptive_avg_pool2d(x, [min(h, height), min(w, width)])
+    if height > h or width > w:
+        x = torch.nn.functional.interpolate(x, size=[height, width], mode="bilinear", align_corners=False)
+    return x
+
+
+def spatially_modulated_conv2d(
+    x, weight, styles, noise=None, up=1, padding=0, resample_filter=None, demodulation="circular", flip_weight=True,
+):  # fmt: skip
+    """out = (weight * (styles . x)) / sigma(weight, styles): eq. (1) of the SSN paper, '*' a convolution.
+
+    x [N,I,H,W], weight [O,I,k,k], styles [N,I,H,W]; noise, broadcastable to the result, is added; returns
+    [N,O,H*up,W*up] of x's dtype. demodulation: None (sigma = 1), or the borders of eq. (14), see `expected_variance`.
+    """
+    assert styles.shape == x.shape, (styles.shape, x.shape)
+    scale = None
+    if demodulation is not None:
+        if x.dtype == torch.float16:
+            weight, styles = _rescale_for_half(weight, styles)
+        scale = (expected_variance(weight, styles, demodulation, flip_weight) + 1e-8).rsqrt()  # [N,O]
+        scale = scale.to(x.dtype)[:, :, None, None]
+    x = conv2d_resample.conv2d_resample(
+        x=x * styles.to(x.dtype),
+        w=weight.to(x.dtype),
+        f=resample_filter,
+        up=up,
+        padding=padding,
+        flip_weight=flip_weight,
+    )
+    if noise is not None:
+        noise = noise.to(x.dtype)
+        return x.add_(noise) if scale is None else fma.fma(x, scale, noise)
+    return x if scale is None else x * scale
+
+
+def expected_variance(weight, styles, borders="circular", flip_weight=True):
+    """sigma^2 [N,O] of eq. (14): the mean over positions of weight^2 * styles^2, weight [O,I,k,k], styles [N,I,H,W].
+
+    It is the expected variance of weight * (styles . h) for independent h of zero mean and unit variance; always that
+    of the stride-1 convolution on the layer's input. With circular borders every tap sees every position, so that
+    sigma^2 = sum_i (sum of the taps' squares) * mean styles^2, StyleGAN2's value for constant styles. With
+    'zero_padded' ones a tap that is off the centre misses the rows and columns that its shift moves out.
+    """
+    energy = styles.float().square()
+    squares = weight.float().square()
+    if borders == "circular":
+        return energy.mean(dim=[2, 3]).matmul(squares.sum(dim=[2, 3]).t())
+    assert borders == "zero_padded", borders
+    if not flip_weight:
+        squares = squares.flip([2, 3])
+    half = weight.shape[2] // 2
+    height, width = energy.shape[2], energy.shape[3]
+    shifts = range(-half, half + 1)
+    columns = torch.stack(
+        [energy[:, :, :, max(s, 0) : width + min(s, 0)].sum(dim=3) for s in shifts], dim=3
+    )  # [N,I,H,k]
+    seen = torch.stack(
+        [columns[:, :, max(s, 0) : height + min(s, 0)].sum(dim=2) for s in shifts], dim=2
+    )  # [N,I,k,k]
+    return seen.flatten(1).matmul(squares.flatten(1).t()) / (height * width)
+
+
+def _rescale_for_half(weight, styles):
+    """Factors that demodulation cancels again: one per output channel and one per sample, against overflow."""
+    peak = weight.abs().flatten(1).max(dim=1)[0] * math.sqrt(weight[0].numel())  # [O]
+    return weight / peak.reshape(-1, 1, 1, 1), styles / styles.abs().flatten(1).max(dim=1)[0].reshape(
+        -1, 1, 1, 1
+    )
+
+
+# ----------------------------------------------------------------------------
+# Layers.
+
+
+@persistence.persistent_class
+class PointwiseLayer(torch.nn.Module):
+    """A fully connected layer applied at every position, as a 1x1 convolution: [N,I,h,w] -> [N,O,h,w].
+
+    activation((weight * weight_gain) x + bias * bias_gain); its tensors are those of StyleGAN2's fully connected layer.
+    """
+
+    def __init__(
+        self, in_features, out_features, bias=True, activation="linear", lr_multiplier=1, weight_init=1, bias_init=0
+    ):
+        super().__init__()
+        self.activation = activation
+        self.weight = torch.nn.Parameter(torch.randn([out_features, in_features]) * (weight_init / lr_multiplier))
+        self.bias = torch.nn.Parameter(torch.full([out_features], float(bias_init))) if bias else None
+        self.weight_gain = lr_multiplier / math.sqrt(in_features)
+        self.bias_gain = lr_multiplier
+
+    def forward(self, x):
+        """x [N,I,h,w] -> [N,O,h,w]."""
+        weight = (self.weight * self.weight_gain)[:, :, None, None]
+        bias = None if self.bias is None else self.bias * self.bias_gain
+        x = torch.nn.functional.conv2d(x, weight, bias)
+        return x if self.activation == "linear" else bias_act.bias_act(x, act=self.activation)
+
+
+@persistence.persistent_class
+class ConvLayer(torch.nn.Module):
+    """Plain convolution, optionally up-sampling, with optional bias and activation: [N,I,H,W] -> [N,O,H*up,W*up]."""
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        bias=True,
+        activation="linear",
+        up=1,
+        resample_filter=[1, 3, 3, 1],
+    ):
+        super().__init__()
+        self.activation, self.up, self.padding = activation, up, kernel_size // 2
+        self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
+        self.act_gain = float(bias_act.activation_funcs[activation].def_gain)
+        self.register_buffer("resample_filter", upfirdn2d.setup_filter(resample_filter))
+        self.weight = torch.nn.Parameter(torch.randn([out_channels, in_channels, kernel_size, kernel_size]))
+        self.bias = torch.nn.Parameter(torch.zeros([out_channels])) if bias else None
+
+    def forward(self, x, gain=1):
+        """x [N,I,H,W] -> [N,O,H*up,W*up]; `gain` multiplies the result."""
+        weight = (self.weight * self.weight_gain).to(x.dtype)
+        x = conv2d_resample.conv2d_resample(
+            x=x, w=weight, f=self.resample_filter, up=self.up, padding=self.padding, flip_weight=self.up == 1
+        )
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return bias_act.bias_act(x, bias, act=self.activation, gain=self.act_gain * gain)
+
+
+# ----------------------------------------------------------------------------
+# Generator.
+
+
+@persistence.persistent_class
+class SpatialMappingNetwork(torch.nn.Module):
+    """StyleGAN2's mapping, the same one for every block: flat z [N,z_dim] (or [N,C,h,w]) -> ws [N,num_ws,w_dim].
+
+    Every block's z and the embedded label are normalised and concatenated, then pass `num_layers` 1x1 convolutions.
+    In training mode `w_avg` [w_dim] tracks the mean over samples and blocks, the same vector in every block.
+    """
+
+    def __init__(
+        self, z_dim, c_dim, w_dim, num_ws, latent_grid=[4, 4], num_layers=8, embed_features=None, layer_features=None,
+        activation="lrelu", lr_multiplier=0.01, w_avg_beta=0.995,
+    ):  # fmt: skip
+        super().__init__()
+        blocks = latent_grid[0] * latent_grid[1]
+        self.latent_grid = [int(side) for side in latent_grid]
+        self.block_z_dim, self.block_w_dim = z_dim // blocks, w_dim // blocks
+        self.num_layers, self.num_ws, self.w_avg_beta = num_layers, num_ws, w_avg_beta
+        self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
+        embed_features = self.block_w_dim if embed_features is None else embed_features
+        hidden = self.block_w_dim if layer_features is None else layer_features
+        first = self.block_z_dim
+        if c_dim > 0:
+            self.embed = PointwiseLayer(c_dim, embed_features)
+            first += embed_features
+        widths = [first] + [hidden] * (num_layers - 1) + [self.block_w_dim]
+        for i in range(num_layers):
+            layer = PointwiseLayer(
+                widths[i], widths[i + 1], activation=activation, lr_multiplier=lr_multiplier
+            )
+            setattr(self, "fc%d" % i, layer)
+        if num_ws is not None and w_avg_beta is not None:
+            self.register_buffer("w_avg", torch.zeros([w_dim]))
+
+    def _spatial(self, z):
+        """z as float32 [N,C,h,w]; ValueError for any other shape."""
+        shape = [self.block_z_dim] + self.latent_grid
+        if z.ndim == 2 and z.shape[1] == self.z_dim:
+            z = z.reshape([-1] + shape)
+        if list(z.shape[1:]) != shape:
+            raise ValueError(
+                "z has shape %s, expected [N, %d] or %s" % (list(z.shape), self.z_dim, ["N"] + shape)
+            )
+        return z.to(torch.float32)
+
+    def forward(self, z, c, truncation_psi=1, truncation_cutoff=None, skip_w_avg_update=False):
+        """z of any float type, c [N,c_dim] (may be None if c_dim is 0) -> float32 ws [N,num_ws,w_dim].
+
+        truncation_psi: 1 leaves w alone, 0 gives w_avg; truncation_cutoff: only the first so many of the num_ws.
+        """
+        x = normalize_2nd_moment(self._spatial(z))
+        if self.c_dim > 0:
+            misc.assert_shape(c, [None, self.c_dim])
+            label = normalize_2nd_moment(self.embed(c.to(torch.float32)[:, :, None, None]))
+            x = torch.cat([x, label.expand(-1, -1, x.shape[2], x.shape[3])], dim=1)
+        for i in range(self.num_layers):
+            x = getattr(self, "fc%d" % i)(x)
+        if self.training and self.w_avg_beta is not None and not skip_w_avg_update:
+            mean = x.detach().mean(dim=[0, 2, 3]).repeat_interleave(x.shape[2] * x.shape[3])  # [w_dim]
+            self.w_avg.copy_(mean.lerp(self.w_avg, self.w_avg_beta))
+        w = x.flatten(1)  # [N,w_dim]
+        if self.num_ws is None:
+            return w
+        near = w
+        if truncation_psi != 1:
+            assert self.w_avg_beta is not None, "truncation needs w_avg, and this network does not track it"
+            near = self.w_avg.lerp(w, truncation_psi)
+        truncated = len(range(self.num_ws)[:truncation_cutoff])
+        return torch.stack([near] * truncated + [w] * (self.num_ws - truncated), dim=1)
+
+
+@persistence.persistent_class
+class SpatialEncoder(torch.nn.Module):
+    """Features of the neighbourhood of every position: w map [N,C,h,w] -> [N,O,r,r], e_rho = convs(upsample_rho(R w)).
+
+    One branch per resolution; r = min(resolution, max_resolution). `out_features` (None: as many as `channels`) adds
+    a last 1x1 projection without activation, for the paper's layout, where the encoded map takes the place of w.
+    """
+
+    def __init__(
+        self,
+        w_dim,
+        resolution,
+        channels=128,
+        max_resolution=32,
+        num_layers=2,
+        out_features=None,
+        activation="lrelu",
+    ):
+        super().__init__()
+        self.resolution = min(resolution, max_resolution)
+        self.num_layers = num_layers
+        self.reduce = PointwiseLayer(w_dim, channels)
+        for i in range(num_layers):
+            setattr(self, "conv%d" % i, ConvLayer(channels, channels, kernel_size=3, activation=activation))
+        self.project = None if out_features is None else PointwiseLayer(channels, out_features)
+
+    def forward(self, w):
+        """w [N,C,h,w] -> [N,O,r,r]."""
+        x = resize(self.reduce(w), self.resolution, self.resolution)
+        for i in range(self.num_layers):
+            x = getattr(self, "conv%d" % i)(x)
+        return x if self.project is None else self.project(x)
+
+
+def style_map(affine, correction, w, e, size):
+    """The style map [N,I,size,size] of a layer: s = upsample(W w + b) + upsample(Q e).
+
+    affine: the layer's W, b; correction: its Q, or None. w [N,C,h,w] at the grid; e: encoder features, or None. Where
+    there are features but no Q, they stand in for w (the paper's layout): s = upsample(W e + b). The resizing commutes
+    with the 1x1 projections, which therefore work on the small maps.
+    """
+    if correction is None:
+        return resize(affine(w if e is None else e), size, size)
+    return resize(affine(w), size, size) + resize(correction(e), size, size)
+
+
+def _correction(encoder_init, channels, in_channels):
+    if encoder_init != "exact":
+        return None
+    return PointwiseLayer(channels, in_channels, bias=False, weight_init=0)
+
+
+@persistence.persistent_class
+class SpatialSynthesisLayer(torch.nn.Module):
+    """Spatially modulated 3x3 convolution with noise, bias and activation: x [N,I,R/up,R/up] -> [N,O,R,R].
+
+    Its tensors are those of StyleGAN2's layer, and `encoder_style`, the projection Q of the encoder's features.
+    """
+
+    def __init__(
+        self, in_channels, out_channels, w_dim, resolution, kernel_size=3, up=1, use_noise=True, activation="lrelu",
+        resample_filter=[1, 3, 3, 1], conv_clamp=None, demodulation="circular", encoder_init="exact", encoder_channels=128,
+    ):  # fmt: skip
+        super().__init__()
+        self.resolution, self.up, self.padding = resolution, up, kernel_size // 2
+        self.use_noise, self.activation, self.conv_clamp = use_noise, activation, conv_clamp
+        self.demodulation = demodulation
+        self.act_gain = float(bias_act.activation_funcs[activation].def_gain)
+        self.register_buffer("resample_filter", upfirdn2d.setup_filter(resample_filter))
+        self.affine = PointwiseLayer(w_dim, in_channels, bias_init=1)
+        self.encoder_style = _correction(encoder_init, encoder_channels, in_channels)
+        self.weight = torch.nn.Parameter(torch.randn([out_channels, in_channels, kernel_size, kernel_size]))
+        if use_noise:
+            self.register_buffer("noise_const", torch.randn([resolution, resolution]))
+            self.noise_strength = torch.nn.Parameter(torch.zeros([]))
+        self.bias = torch.nn.Parameter(torch.zeros([out_channels]))
+
+    def _noise(self, x, mode):
+        if mode == "none" or not self.use_noise:
+            return None
+        if mode == "const":
+            return self.noise_const * self.noise_strength  # [R,R]
+        shape = [x.shape[0], 1, self.resolution, self.resolution]
+        return torch.randn(shape, device=x.device) * self.noise_strength
+
+    def forward(self, x, w, e, noise_mode="random", gain=1):
+        """x [N,I,R/up,R/up], w [N,C,h,w], e [N,E,r,r] or None -> [N,O,R,R]. noise_mode: 'random', 'const', 'none'."""
+        assert noise_mode in ("random", "const", "none"), noise_mode
+        side = self.resolution // self.up
+        misc.assert_shape(x, [None, self.weight.shape[1], side, side])
+        x = spatially_modulated_conv2d(
+            x, self.weight, style_map(self.affine, self.encoder_style, w, e, side), noise=self._noise(x, noise_mode),
+            up=self.up, padding=self.padding, resample_filter=self.resample_filter, demodulation=self.demodulation,
+            flip_weight=self.up == 1,
+        )  # fmt: skip
+        clamp = None if self.conv_clamp is None else self.conv_clamp * gain
+        return bias_act.bias_act(x, self.bias.to(x.dtype), act=self.activation, gain=self.act_gain * gain, clamp=clamp)
+
+
+@persistence.persistent_class
+class SpatialToRGBLayer(torch.nn.Module):
+    """Spatially modulated 1x1 convolution to the picture's channels, without demodulation: [N,I,R,R] -> [N,O,R,R]."""
+
+    def __init__(
+        self, in_channels, out_channels, w_dim, kernel_size=1, conv_clamp=None, encoder_init="exact", encoder_channels=128
+    ):
+        super().__init__()
+        self.conv_clamp, self.padding = conv_clamp, kernel_size // 2
+        self.affine = PointwiseLayer(w_dim, in_channels, bias_init=1)
+        self.encoder_style = _correction(encoder_init, encoder_channels, in_channels)
+        self.weight = torch.nn.Parameter(torch.randn([out_channels, in_channels, kernel_size, kernel_size]))
+        self.bias = torch.nn.Parameter(torch.zeros([out_channels]))
+        self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
+
+    def forward(self, x, w, e):
+        """x [N,I,R,R], w [N,C,h,w], e [N,E,r,r] or None -> [N,O,R,R]."""
+        styles = style_map(self.affine, self.encoder_style, w, e, x.shape[2])
+        weight = self.weight * self.weight_gain  # the gain on the few weights instead of on the large map
+        x = spatially_modulated_conv2d(x, weight, styles, padding=self.padding, demodulation=None)
+        return bias_act.bias_act(x, self.bias.to(x.dtype), clamp=self.conv_clamp)
+
+
+@persistence.persistent_class
+class SpatialSynthesisBlock(torch.nn.Module):
+    """One resolution of the synthesis network: (x, img, e of the block before, ws) -> (x, img, e).
+
+    As StyleGAN2's block ('skip', 'resnet' or 'orig'), with one encoder branch that reads the w of its conv1.
+    """
+
+    def __init__(
+        self, in_channels, out_channels, w_dim, resolution, img_channels, is_last, architecture="skip",
+        resample_filter=[1, 3, 3, 1], conv_clamp=None, use_fp16=False, fp16_channels_last=False, encoder_init="exact",
+        encoder_kwargs={}, **layer_kwargs
+    ):  # fmt: skip
+        assert architecture in ("orig", "skip", "resnet"), architecture
+        assert encoder_init in ("exact", "random", "none"), encoder_init
+        super().__init__()
+        self.in_channels, self.w_dim, self.resolution, self.img_channels = in_channels, w_dim, resolution, img_channels
+        self.is_last, self.architecture, self.use_fp16 = is_last, architecture, use_fp16
+        self.channels_last = use_fp16 and fp16_channels_last
+        self.register_buffer("resample_filter", upfirdn2d.setup_filter(resample_filter))
+        self.num_conv = self.num_torgb = 0
+        self.encoder = None
+        if encoder_init != "none":
+            mapped = w_dim if encoder_init == "random" else None
+            self.encoder = SpatialEncoder(w_dim, resolution, out_features=mapped, **encoder_kwargs)
+        shared = dict(conv_clamp=conv_clamp, encoder_init=encoder_init)
+        shared.update(encoder_channels=encoder_kwargs.get("channels", 128))
+        if in_channels == 0:
+            self.const = torch.nn.Parameter(torch.randn([out_channels, resolution, resolution]))
+        else:
+            self.conv0 = SpatialSynthesisLayer(
+                in_channels, out_channels, w_dim, resolution, up=2, resample_filter=resample_filter, **shared, **layer_kwargs
+            )
+            self.num_conv += 1
+        self.conv1 = SpatialSynthesisLayer(out_channels, out_channels, w_dim, resolution, **shared, **layer_kwargs)
+        self.num_conv += 1
+        if is_last or architecture == "skip":
+            self.torgb = SpatialToRGBLayer(out_channels, img_channels, w_dim, **shared)
+            self.num_torgb += 1
+        if in_channels != 0 and architecture == "resnet":
+            self.skip = ConvLayer(in_channels, out_channels, 1, bias=False, up=2, resample_filter=resample_filter)
+
+    def forward(self, x, img, e, ws, force_fp32=False, **layer_kwargs):
+        """x [N,I,R/2,R/2] (None in the first block), img [N,C,R/2,R/2] or None, ws: one map per layer [N,C,h,w]."""
+        w_iter = iter(ws)
+        half = self.use_fp16 and not force_fp32 and ws[0].device.type == "cuda"
+        dtype = torch.float16 if half else torch.float32
+        layout = torch.channels_last if self.channels_last and half else torch.contiguous_format
+        below = e
+        if self.encoder is not None:
+            e = self.encoder(ws[self.num_conv - 1])
+        if self.in_channels == 0:
+            x = self.const.to(dtype=dtype, memory_format=layout).unsqueeze(0).repeat(ws[0].shape[0], 1, 1, 1)
+            x = self.conv1(x, next(w_iter), e, **layer_kwargs)
+        elif self.architecture == "resnet":
+            x = x.to(dtype=dtype, memory_format=layout)
+            y = self.skip(x, gain=HALF_POWER)
+            x = self.conv0(x, next(w_iter), below, **layer_kwargs)
+            x = y.add_(self.conv1(x, next(w_iter), e, gain=HALF_POWER, **layer_kwargs))
+        else:
+            x = self.conv0(x.to(dtype=dtype, memory_format=layout), next(w_iter), below, **layer_kwargs)
+            x = self.conv1(x, next(w_iter), e, **layer_kwargs)
+        if img is not None:
+            img = upfirdn2d.upsample2d(img, self.resample_filter)
+        if self.num_torgb:
+            y = self.torgb(x, next(w_iter), e).to(dtype=torch.float32, memory_format=torch.contiguous_format)
+            img = y if img is None else img.add_(y)
+        return x, img, e
+
+
+@persistence.persistent_class
+class SpatialSynthesisNetwork(torch.nn.Module):
+    """ws [N,num_ws,w_dim] -> pictures [N,img_channels,R,R], nominally in [-1,1]; blocks b4, b8, ..., b{R}.
+
+    encoder_init: 'exact' starts as the StyleGAN2 that the other tensors are from, 'random' is the paper's start,
+    'none' leaves the encoder out. encoder_kwargs: options of SpatialEncoder. demodulation: see `expected_variance`.
+    """
+
+    def __init__(
+        self, w_dim, img_resolution, img_channels, latent_grid=[4, 4], channel_base=32768, channel_max=512, num_fp16_res=0,
+        **block_kwargs
+    ):  # fmt: skip
+        assert img_resolution >= 4 and img_resolution & (img_resolution - 1) == 0, "resolution must be a power of two"
+        super().__init__()
+        self.w_dim, self.img_resolution, self.img_channels = w_dim, img_resolution, img_channels
+        self.latent_grid = [int(side) for side in latent_grid]
+        self.img_resolution_log2 = img_resolution.bit_length() - 1
+        self.block_resolutions = [2**i for i in range(2, self.img_resolution_log2 + 1)]
+        first_fp16 = max(2 ** (self.img_resolution_log2 + 1 - num_fp16_res), 8)
+        block_w_dim = w_dim // (self.latent_grid[0] * self.latent_grid[1])
+        in_channels = 0
+        self.num_ws = 1
+        for res in self.block_resolutions:
+            out_channels = min(channel_base // res, channel_max)
+            block = SpatialSynthesisBlock(
+                in_channels, out_channels, block_w_dim, resolution=res, img_channels=img_channels,
+                is_last=res == img_resolution, use_fp16=res >= first_fp16, **block_kwargs,
+            )  # fmt: skip
+            setattr(self, "b%d" % res, block)
+            self.num_ws += block.num_conv
+            in_channels = out_channels
+
+    def forward(self, ws, noise_mode="random", force_fp32=False, fused_modconv=None):
+        """ws [N,num_ws,w_dim] -> float32 [N,img_channels,R,R]. `fused_modconv` is accepted and has no meaning here:
+        a style that varies in space cannot be folded into the weights."""
+        misc.assert_shape(ws, [None, self.num_ws, self.w_dim])
+        ws = ws.to(torch.float32).reshape([ws.shape[0], self.num_ws, -1] + self.latent_grid).unbind(dim=1)
+        x = img = e = None
+        first = 0
+        for res in self.block_resolutions:
+            block = getattr(self, "b%d" % res)
+            own = ws[first : first + block.num_conv + block.num_torgb]
+            x, img, e = block(x, img, e, own, noise_mode=noise_mode, force_fp32=force_fp32)
+            first += block.num_conv
+        return img
+
+
+@persistence.persistent_class
+class SpatialGenerator(torch.nn.Module):
+    """Spatially Stochastic Network: flat z [N,z_dim] -> pictures; independent latent blocks on `latent_grid` = [h, w].
+
+    z_dim and w_dim are totals over the blocks (512 channels on 4x4: 8192). Sampling, style mixing, truncation, path
+    length and projection of the StyleGAN2 family work on it unchanged; code that wants the grid asks for `latent_grid`.
+    """
+
+    def __init__(
+        self, z_dim, c_dim, w_dim, img_resolution, img_channels, latent_grid=[4, 4], mapping_kwargs={}, synthesis_kwargs={}
+    ):
+        super().__init__()
+        blocks = latent_grid[0] * latent_grid[1]
+        assert z_dim % blocks == 0 and w_dim % blocks == 0, "z_dim and w_dim must be multiples of the number of blocks"
+        self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
+        self.img_resolution, self.img_channels = img_resolution, img_channels
+        self.latent_grid = [int(side) for side in latent_grid]
+        self.block_z_dim, self.block_w_dim = z_dim // blocks, w_dim // blocks
+        self.synthesis = SpatialSynthesisNetwork(
+            w_dim=w_dim, img_resolution=img_resolution, img_channels=img_channels, latent_grid=latent_grid, **synthesis_kwargs
+        )
+        self.num_ws = self.synthesis.num_ws
+        self.mapping = SpatialMappingNetwork(
+            z_dim=z_dim, c_dim=c_dim, w_dim=w_dim, num_ws=self.num_ws, latent_grid=latent_grid, **mapping_kwargs
+        )
+
+    def forward(self, z, c, truncation_psi=1, truncation_cutoff=None, **synthesis_kwargs):
+        """z [N,z_dim] or [N,C,h,w], c [N,c_dim] -> float32 [N,img_channels,R,R], nominally in [-1,1]."""
+        ws = self.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
+        return self.synthesis(ws, **synthesis_kwargs)

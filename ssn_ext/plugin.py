@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that the plug-in adds to the house, in one place."""
+
+import click
+
+from metrics.metric_main import METRICS
+from training.configs import CONFIGS, add_option
+
+
+def register():
+    """Called once by dnnlib.plugins.load_plugins."""
+    CONFIGS.register("ssn", "ssn_ext.config.ssn")
+    METRICS.register("ldbr_dist", "ssn_ext.metric.ldbr_dist")
+    METRICS.register("ldbr_floor", "ssn_ext.metric.ldbr_floor")
+    group = dict(heading="ssn_ext", configs=["ssn"])
+    add_option(
+        "--lambda-d",
+        desc="lambda{:g}",
+        type=click.FloatRange(min=0),
+        metavar="FLOAT",
+        help="Weight of the distortion regulariser; 0 turns it off. 100 is the paper's for photographs, flat drawings"
+        " want 1 to 10  [default: 100]",
+        **group,
+    )
+    add_option(
+        "--dist-blocks",
+        desc="distblocks{}",
+        type=click.IntRange(min=1),
+        metavar="INT",
+        help="Blocks re-drawn per picture in the regulariser  [default: 1]",
+        **group,
+    )
+    add_option("--latent-grid", desc="grid{}", metavar="HxW", help="Rows and columns of latent blocks  [default: 4x4]", **group)
+    add_option(
+        "--encoder-init",
+        desc="encoder{}",
+        type=click.Choice(["exact", "random", "none"]),
+        help="Start of the spatial encoder: as the StyleGAN2 of --resume, at random as in the paper, or no encoder"
+        "  [default: exact]",
+        **group,
+    )
+    add_option(
+        "--demodulation",
+        type=click.Choice(["circular", "zero-padded"]),
+        help="Borders of eq. (14): circular is exact at the start  [default: circular]",
+        **group,
+    )

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Re-draw blocks of a picture: pure functions from a network and latents to pictures and numbers.
+
+The edit is made on ws: block a of ws is replaced by block a of mapping(z'). The mapping works per block, so
+this is the same edit as replacing block a of z, and it also serves truncated and projected pictures, whose ws
+is all we have. Every fresh latent z' has a seed of its own (its donor), so an edit is fully described by
+(blocks, donor).
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from ssn_ext.blocks import block_masks, replace_blocks
+from ssn_ext.distortion import block_change, inside_change, outside_change
+
+# Latents.
+
+
+def seed_latent(seed: int, z_dim: int) -> torch.Tensor:
+    """The z that all scripts of this family give to a seed -> float64 [1, z_dim]."""
+    return torch.from_numpy(np.random.RandomState(seed).randn(1, z_dim))
+
+
+def donor_seeds(candidate_seed: int, seed: int, step: int, count: int) -> list[int]:
+    """Seeds of the fresh latents of `count` candidates: the step-th edit of the picture that began with
+    `seed`.
+
+    The first k do not depend on count, so asking for more candidates keeps those one has seen.
+    """
+    stream = np.random.RandomState([candidate_seed, seed, step])
+    return [int(stream.randint(2**31)) for _ in range(count)]
+
+
+def check_network(G: torch.nn.Module) -> None:
+    """Raises ValueError if G has no grid of latents, that is, if it is not a Spatially Stochastic Network."""
+    if not hasattr(G, "latent_grid"):
+        raise ValueError(
+            f"This network ({type(G).__name__}) has one latent for the whole picture, not a grid of blocks "
+            "(no latent_grid): train one with train.py --cfg=ssn, which can start from a StyleGAN2 pickle"
+        )
+
+
+def network_hash(G: torch.nn.Module) -> str:
+    """SHA-256 over the grid and the names, shapes and values of all parameters and buffers."""
+    digest = hashlib.sha256(repr([int(n) for n in G.latent_grid]).encode())
+    for name, tensor in sorted(G.state_dict().items()):
+        values = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}{list(values.shape)}{values.dtype}".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def class_label(G: torch.nn.Module, class_idx: int | None, device: torch.device | str) -> torch.Tensor | None:
+    """One-hot label [1, c_dim] of a class, or None for an unconditional network.
+
+    Raises ValueError where a conditional network gets no class, an unconditional one gets one, or it is out
+    of range.
+    """
+    if G.c_dim == 0:
+        if class_idx is not None:
+            raise ValueError("--class is of no use here: the network is unconditional")
+        return None
+    if class_idx is None or not 0 <= class_idx < G.c_dim:
+        raise ValueError(f"The network is conditional: --class must be 0 to {G.c_dim - 1}, not {class_idx}")
+    return torch.nn.functional.one_hot(torch.tensor([class_idx], device=device), G.c_dim).float()
+
+
+# Edits and pictures.
+
+
+def map_seed(
+    G: torch.nn.Module, seed: int, label: torch.Tensor | None, psi: float, device: torch.device | str
+) -> torch.Tensor:
+    """The ws of a seed, truncated by psi -> [1, num_ws, w_dim]."""
+    return G.mapping(seed_latent(seed, G.z_dim).to(device), label, truncation_psi=psi)
+
+
+def redraw(
+    G: torch.nn.Module,
+    ws: torch.Tensor,
+    blocks: Sequence[int],
+    donors: Sequence[int],
+    label: torch.Tensor | None = None,
+    psi: float = 1.0,
+) -> torch.Tensor:
+    """One candidate a donor: ws [1, num_ws, w_dim] with `blocks` taken from the donor's ws -> [K, num_ws,
+    w_dim].
+
+    Donors are mapped one at a time, so that a candidate is the same bit for bit however many there are.
+    """
+    fresh = [map_seed(G, donor, label, psi, ws.device) for donor in donors]
+    return torch.cat([replace_blocks(ws, each, blocks, G.latent_grid) for each in fresh])
+
+
+def render(
+    G: torch.nn.Module, ws: torch.Tensor, noise_mode: str = "const", noise_seed: int = 0
+) -> torch.Tensor:
+    """Pictures [N, C, H, W] of ws [N, num_ws, w_dim], one at a time and all with the same noise.
+
+    One at a time: equal batch shapes are what makes equal latents equal pictures, bit for bit.
+    """
+    return torch.cat([_synthesize(G, each[None], noise_mode, noise_seed) for each in ws])
+
+
+def _synthesize(G: torch.nn.Module, ws: torch.Tensor, noise_mode: str, noise_seed: int) -> torch.Tensor:
+    """synthesis(ws) with random noise drawn from noise_seed; the caller's random state is left as it was."""
+    if noise_mode != "random":
+        return G.synthesis(ws, noise_mode=noise_mode).to(torch.float32)
+    with torch.random.fork_rng(devices=[ws.device] if ws.device.type == "cuda" else []):
+        torch.manual_seed(noise_seed)
+        return G.synthesis(ws, noise_mode=noise_mode).to(torch.float32)
+
+
+# Numbers.
+
+
+def measure(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor, grid: Sequence[int]) -> list[dict]:
+    """The change of every candidate, pictures clamped to [-1, 1]: a list of K dicts of floats.
+
+    before [1, C, H, W], after [K, C, H, W], mask bool [H, W]: the pixels that were meant to change.
+    Keys: inside, outside (mean squared difference; NaN where there is no such pixel), ratio (inside /
+    outside), blocks (the mean squared difference of each of the B pixel blocks).
+    """
+    before, after = before.clamp(-1, 1), after.clamp(-1, 1)
+    inside = inside_change(before, after, mask).tolist()
+    outside = outside_change(before, after, mask).tolist()
+    blocks = block_change(before, after, block_masks(grid, before.shape[-2:])).tolist()
+    return [
+        {"inside": i, "outside": o, "ratio": i / o if o != 0 else float("nan"), "blocks": b}
+        for i, o, b in zip(inside, outside, blocks, strict=True)
+    ]
+
+
+def resample_each(
+    G: torch.nn.Module,
+    z: torch.Tensor,
+    c: torch.Tensor | None,
+    fresh: torch.Tensor,
+    blocks: Sequence[int] | None = None,
+    *,
+    truncation_psi: float = 1.0,
+    noise_mode: str = "const",
+) -> Iterator[torch.Tensor]:
+    """Yields g(z), then for each block (default: all) the pictures with that block of z taken from fresh.
+
+    z, fresh: [N, z_dim]; c: [N, c_dim] or None; every item is [N, C, H, W] float32. All share one noise
+    (noise_mode 'random': drawn from a seed that advances torch's random state once), and one batch shape.
+    Gradients flow.
+    """
+    noise_seed = int(torch.randint(2**31, [])) if noise_mode == "random" else 0
+    ws, fresh_ws = (G.mapping(each, c, truncation_psi=truncation_psi) for each in (z, fresh))
+    yield _synthesize(G, ws, noise_mode, noise_seed)
+    for block in range(int(np.prod(G.latent_grid))) if blocks is None else blocks:
+        edited = replace_blocks(ws, fresh_ws, [block], G.latent_grid)
+        yield _synthesize(G, edited, noise_mode, noise_seed)
+
+
+@torch.no_grad()
+def influence(
+    G: torch.nn.Module,
+    z: torch.Tensor,
+    c: torch.Tensor | None,
+    fresh: torch.Tensor,
+    *,
+    truncation_psi: float = 1.0,
+    noise_mode: str = "const",
+    clamp: bool = True,
+    batch_size: int = 16,
+) -> torch.Tensor:
+    """Which block moves which pixels -> float32 [N, B, B] on z's device.
+
+    [n, a, b] is the mean squared change of pixel block b of picture n when block a of z is taken from fresh.
+    z, fresh: [N, z_dim]; c: [N, c_dim] or None. clamp: compare pictures clamped to [-1, 1], as metrics do.
+    See distortion.split_influence for the change inside and outside.
+    """
+    rows = []
+    for start in range(0, len(z), batch_size):
+        part = slice(start, start + batch_size)
+        pictures = resample_each(
+            G,
+            z[part],
+            None if c is None else c[part],
+            fresh[part],
+            truncation_psi=truncation_psi,
+            noise_mode=noise_mode,
+        )
+        pictures = (each.clamp(-1, 1) if clamp else each for each in pictures)
+        before = next(pictures)
+        masks = block_masks(G.latent_grid, before.shape[-2:], device=before.device)
+        rows.append(torch.stack([block_change(before, after, masks) for after in pictures], dim=1))
+    return torch.cat(rows)  # [N, B, B]

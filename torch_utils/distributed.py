@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes on one machine: launching, broadcasting, and one flat reduction of gradients.
+
+Plain torch.distributed, no wrapper modules. Everything but launch() and init_process() is a no-op in a
+process that stands alone, so that callers need not ask.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+
+def get_rank() -> int:
+    """Index of this process, 0 when it stands alone."""
+    return dist.get_rank() if _is_active() else 0
+
+
+def get_world_size() -> int:
+    """Number of processes, 1 when this one stands alone."""
+    return dist.get_world_size() if _is_active() else 1
+
+
+def is_main() -> bool:
+    """Whether this process is the one that prints and writes files."""
+    return get_rank() == 0
+
+
+def barrier() -> None:
+    """Waits until all processes have come here."""
+    if get_world_size() > 1:
+        dist.barrier()
+
+
+def _is_active() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+# ----------------------------------------------------------------------------------------
+# Communication
+
+
+@torch.no_grad()
+def broadcast_module(module: torch.nn.Module, src: int = 0) -> None:
+    """Overwrites all parameters and buffers, in place, with those of process `src`."""
+    if get_world_size() == 1:
+        return
+    for tensor in [*module.parameters(), *module.buffers()]:
+        packed = tensor.detach().contiguous()  # the tensor's own memory, unless it is strided
+        dist.broadcast(packed, src=src)
+        if packed.data_ptr() != tensor.data_ptr():
+            tensor.copy_(packed)
+
+
+def broadcast_object(obj: Any, src: int = 0) -> Any:
+    """The picklable object that process `src` passed; what the others pass is ignored."""
+    if get_world_size() == 1:
+        return obj
+    box = [obj if get_rank() == src else None]
+    dist.broadcast_object_list(box, src=src)
+    return box[0]
+
+
+def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether `flag` is true in any process. All processes must call it; `device` is where they communicate."""
+    if get_world_size() == 1:
+        return bool(flag)
+    box = torch.tensor([float(bool(flag))], device=device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return bool(box.item())
+
+
+@torch.no_grad()
+def all_reduce_gradients(params: Iterable) -> None:
+    """Averages the gradients over all processes, in one reduction, then mends them: nan -> 0, +-inf -> +-1e5.
+
+    In place. Parameters without a gradient are left out; all processes must have gradients for the same ones.
+    """
+    grads = [param.grad for param in params if param.grad is not None]
+    if not grads:
+        return
+    if get_world_size() > 1:
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        flat /= get_world_size()
+        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(part.view(grad.shape))
+    for grad in grads:
+        torch.nan_to_num(grad, nan=0, posinf=1e5, neginf=-1e5, out=grad)
+
+
+# ----------------------------------------------------------------------------------------
+# Processes
+
+
+def init_process(rank: int, world_size: int, init_method: str, device_type: str) -> None:
+    """Joins the group: NCCL for 'cuda' (which also selects GPU number `rank`), Gloo for 'cpu'."""
+    if device_type not in ("cpu", "cuda"):
+        raise ValueError(f"Processes run on 'cpu' or 'cuda', not {device_type!r}")
+    use_nccl = device_type == "cuda" and dist.is_nccl_available()
+    if device_type == "cuda":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        "nccl" if use_nccl else "gloo", init_method=init_method, rank=rank, world_size=world_size
+    )
+
+
+def launch(fn: Callable, num_processes: int, args: tuple = (), device_type: str | None = None) -> None:
+    """Runs fn(rank, *args) in `num_processes` processes that can communicate; returns when all are done.
+
+    One process: called right here. Several: `fn` must be a global of a module, its arguments picklable. When
+    one fails, the others are stopped and its traceback is raised. `device_type`: 'cuda' or 'cpu'; default:
+    what the machine has.
+    """
+    if num_processes < 1:
+        raise ValueError(f"The number of processes must be at least 1, not {num_processes}")
+    if num_processes == 1:
+        fn(0, *args)
+        return
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        path = (Path(folder) / "rendezvous").resolve().as_posix()
+        init_method = f"file://{path}" if path.startswith("/") else f"file:///{path}"  # C:/... on Windows
+        job = (fn, num_processes, init_method, device_type, args)
+        context = torch.multiprocessing.spawn(_work, args=job, nprocs=num_processes, join=False)
+        _join(context)
+
+
+def _work(rank: int, fn: Callable, world_size: int, init_method: str, device_type: str, args: tuple) -> None:
+    """What each spawned process runs."""
+    init_process(rank, world_size, init_method, device_type)
+    fn(rank, *args)
+    dist.destroy_process_group()  # not after an error: the others may never answer
+
+
+def _join(context: Any) -> None:
+    """Waits for all processes. A failure in one stops all of them: politely at first, after 30 s for good."""
+    try:
+        while not context.join():
+            pass
+    except KeyboardInterrupt:
+        # They got the same Ctrl-C and may be saving their work; a second one kills them.
+        for process in context.processes:
+            process.join()
+        raise
+    finally:
+        for process in context.processes:
+            if process.is_alive():
+                process.kill()

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Convolution with up-sampling before or down-sampling after it."""
+
+import torch
+
+from . import conv2d_gradfix
+from .upfirdn2d import _get_filter_size, _parse_padding, upfirdn2d
+
+
+def conv2d_resample(x, w, f=None, up=1, down=1, padding=0, groups=1, flip_weight=True, flip_filter=False):
+    """Up-samples x with the filter f, convolves it with w, down-samples the result with f.
+
+    x: [N,C,H,W]. w: [O,C/groups,kh,kw] of x's dtype. f: see upfirdn2d.setup_filter; None for none.
+    up, down: ints >= 1. padding: as in upfirdn2d, counted on the up-sampled image, on top of what keeps the image
+    in place under f. flip_weight: True correlates (as torch does), False convolves; flip_filter likewise for f.
+    Returns [N,O,H',W'], H' = H*up/down for an odd kernel and padding (kh-1)/2. On a CPU, large images up-sample in
+    half the time when x is channels-last.
+    """
+    assert isinstance(x, torch.Tensor) and x.ndim == 4, "x must be a tensor [N,C,H,W]"
+    assert isinstance(w, torch.Tensor) and w.ndim == 4, "w must be a tensor [O,C/groups,kh,kw]"
+    assert w.dtype == x.dtype, f"w is {w.dtype}, x is {x.dtype}; they must be the same"
+    for name, n in (("up", up), ("down", down), ("groups", groups)):
+        assert isinstance(n, int) and n >= 1, f"{name} is {n!r}; accepted: an int >= 1"
+    pads = _total_padding(f, up, down, padding)
+
+    def resample(image, **kwargs):
+        return upfirdn2d(image, f, flip_filter=flip_filter, **kwargs)
+
+    pointwise = tuple(w.shape[2:]) == (1, 1)
+    if up > 1 and down == 1 and pointwise:  # enlarge the result: fewer pixels to convolve
+        return resample(_conv(x, w, groups, flip_weight), up=up, padding=pads, gain=up**2)
+    if up > 1:
+        x, pads = _conv_upsampled(x, w, up, pads, groups, flip_weight)
+        x = resample(x, padding=pads, gain=up**2)
+        return resample(x, down=down) if down > 1 else x
+    if down > 1 and pointwise:  # shrink the input, likewise
+        return _conv(resample(x, down=down, padding=pads), w, groups, flip_weight)
+    if down > 1:
+        return _conv(resample(x, padding=pads), w, groups, flip_weight, stride=down)
+    if pads[0] == pads[1] >= 0 and pads[2] == pads[3] >= 0:
+        return _conv(x, w, groups, flip_weight, padding=[pads[2], pads[0]])
+    return _conv(upfirdn2d(x, None, padding=pads), w, groups, flip_weight)
+
+
+def _total_padding(f, up, down, padding):
+    """The caller's padding and what keeps the image in place: [x_before, x_after, y_before, y_after]."""
+    pads = list(_parse_padding(padding))
+    for axis, taps in enumerate(_get_filter_size(f)):
+        if up > 1:
+            pads[2 * axis] += (taps + up - 1) // 2
+            pads[2 * axis + 1] += (taps - up) // 2
+        if down > 1:
+            pads[2 * axis] += (taps - down + 1) // 2
+            pads[2 * axis + 1] += (taps - down) // 2
+    return pads
+
+
+def _conv(x, w, groups, flip_weight, stride=1, padding=0):
+    if not flip_weight and w.shape[2] * w.shape[3] > 1:
+        w = w.flip([2, 3])
+    return conv2d_gradfix.conv2d(x, w, stride=stride, padding=padding, groups=groups)
+
+
+def _conv_upsampled(x, w, up, pads, groups, flip_weight):
+    """Convolves x with zeros put between its pixels. Returns that and the padding still to be applied.
+
+    A transposed convolution gives all positions where kernel and image meet: kernel-1 more than the image
+    before it, kernel-up after it. It convolves, so here the weights are flipped for a correlation.
+    """
+    out_per_group, in_per_group, height, width = w.shape[0] // groups, *w.shape[1:]
+    w = w.flip([2, 3]) if flip_weight else w
+    w = w.reshape(groups, out_per_group, in_per_group, height, width).transpose(1, 2)
+    w = w.reshape(groups * in_per_group, out_per_group, height, width)
+    left = [
+        pads[0] - (width - 1),
+        pads[1] - (width - up),
+        pads[2] - (height - 1),
+        pads[3] - (height - up),
+    ]
+    crop = [
+        max(-max(left[:2]), 0),
+        max(-max(left[2:]), 0),
+    ]  # what the transposed convolution need not compute
+    x = conv2d_gradfix.conv_transpose2d(x, w, stride=up, padding=crop[::-1], groups=groups)
+    return x, [left[0] + crop[0], left[1] + crop[0], left[2] + crop[1], left[3] + crop[1]]

@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs: functions that edit the dict of training_loop's options, and make_config, which applies one to a command.
+
+A config is registered under its --cfg name with a dotted path, so that --help imports nothing. A plug-in registers
+further configs and command-line options in its register(); see docs/extending.md.
+"""
+
+import inspect
+import json
+import os
+import re
+from collections import namedtuple
+
+import dnnlib
+from dnnlib.plugins import Registry
+
+CONFIGS = Registry("config")
+for _name in ["auto", "stylegan2", "paper256", "paper512", "paper1024", "cifar", "laptop"]:
+    CONFIGS.register(_name, f"training.configs.{_name}")
+
+# A command-line option that a plug-in adds for some configs. `desc` formats the option's value into the name of the run
+# directory ('' leaves it out); `kwargs` go to click.option.
+PluginOption = namedtuple("PluginOption", "flag name heading configs desc kwargs")
+OPTIONS = {}  # name -> PluginOption, in the order of registration
+
+
+class ConfigError(ValueError):
+    """A mistake in the options of a training run, in one line."""
+
+
+def add_option(flag, heading, configs, desc="", **kwargs):
+    """Adds a plug-in's option: `flag` as on the command line, valid with `configs` (names) only."""
+    name = flag.lstrip("-").replace("-", "_")
+    if name in OPTIONS:
+        raise ValueError(f"option {flag} is registered already, by {OPTIONS[name].heading}")
+    OPTIONS[name] = PluginOption(flag, name, heading, tuple(configs), desc, kwargs)
+
+
+# --- the family's configs -------------------------------------------------------------------------------------
+
+# kimg: length; mb: batch; fmaps: factor of the channel counts; ema in kimg; ramp: EMA ramp-up; map: mapping layers.
+ROWS = {
+    "stylegan2": dict(ref_gpus=8, kimg=25000, mb=32, mbstd=4, fmaps=1, lrate=0.002, gamma=10, ema=10, ramp=None, map=8),
+    "paper256": dict(ref_gpus=8, kimg=25000, mb=64, mbstd=8, fmaps=0.5, lrate=0.0025, gamma=1, ema=20, ramp=None, map=8),
+    "paper512": dict(ref_gpus=8, kimg=25000, mb=64, mbstd=8, fmaps=1, lrate=0.0025, gamma=0.5, ema=20, ramp=None, map=8),
+    "paper1024": dict(ref_gpus=8, kimg=25000, mb=32, mbstd=4, fmaps=1, lrate=0.002, gamma=2, ema=10, ramp=None, map=8),
+    "cifar": dict(ref_gpus=2, kimg=100000, mb=64, mbstd=32, fmaps=1, lrate=0.0025, gamma=0.01, ema=500, ramp=0.05, map=2),
+}
+
+
+def auto(c, opts):
+    """Settings by heuristics from the resolution and the number of GPUs: a start for new data sets."""
+    res, gpus = c.training_set_kwargs.resolution, c.num_gpus
+    mb = max(min(gpus * min(4096 // res, 32), 64), gpus)
+    row = dict(ref_gpus=gpus, kimg=25000, mb=mb, mbstd=min(mb // gpus, 4), fmaps=1 if res >= 512 else 0.5)
+    row.update(lrate=0.002 if res >= 1024 else 0.0025, gamma=0.0002 * res**2 / mb, ema=mb * 10 / 32, ramp=0.05, map=2)
+    apply_row(c, **row)
+
+
+def stylegan2(c, opts):
+    """The settings of the StyleGAN2 paper, config F, 1024x1024."""
+    apply_row(c, **ROWS["stylegan2"])
+
+
+def paper256(c, opts):
+    """The StyleGAN2-ADA paper's settings for FFHQ and LSUN at 256x256."""
+    apply_row(c, **ROWS["paper256"])
+
+
+def paper512(c, opts):
+    """The StyleGAN2-ADA paper's settings at 512x512."""
+    apply_row(c, **ROWS["paper512"])
+
+
+def paper1024(c, opts):
+    """The StyleGAN2-ADA paper's settings at 1024x1024."""
+    apply_row(c, **ROWS["paper1024"])
+
+
+def cifar(c, opts):
+    """The StyleGAN2-ADA paper's settings for CIFAR-10: no path length, no style mixing, 'orig' discriminator."""
+    apply_row(c, **ROWS["cifar"])
+    c.loss_kwargs.pl_weight = 0
+    c.loss_kwargs.style_mixing_prob = 0
+    c.D_kwargs.architecture = "orig"
+
+
+def laptop(c, opts):
+    """Small networks for pictures of 32x32 to 64x64 on a CPU: narrow, two mapping layers, ticks of 1 kimg."""
+    apply_row(c, ref_gpus=1, kimg=200, mb=32, mbstd=4, fmaps=1 / 32, lrate=0.0025, gamma=1, ema=5, ramp=0.05, map=2)
+    c.G_kwargs.update(z_dim=64, w_dim=64)
+    for kwargs in [c.G_kwargs.synthesis_kwargs, c.D_kwargs]:
+        kwargs.update(channel_max=96, num_fp16_res=0)
+        kwargs.pop("conv_clamp")
+    c.update(kimg_per_tick=1, image_snapshot_ticks=10, network_snapshot_ticks=10)
+    c.ada_kimg = 100
+
+
+def apply_row(c, *, ref_gpus, kimg, mb, mbstd, fmaps, lrate, gamma, ema, ramp, map):
+    """Fills the options with the family's StyleGAN2 networks, Adam, and the numbers of one row."""
+    widths = dict(channel_base=int(fmaps * 32768), channel_max=512, num_fp16_res=4, conv_clamp=256)
+    easy = dnnlib.EasyDict
+    c.G_kwargs = easy(class_name="training.networks.Generator", z_dim=512, w_dim=512)
+    c.G_kwargs.mapping_kwargs = easy(num_layers=map)
+    c.G_kwargs.synthesis_kwargs = easy(widths)
+    c.D_kwargs = easy(class_name="training.networks.Discriminator", block_kwargs=easy(), mapping_kwargs=easy())
+    c.D_kwargs.epilogue_kwargs = easy(mbstd_group_size=mbstd)
+    c.D_kwargs.update(widths)
+    for net in ["G", "D"]:
+        c[f"{net}_opt_kwargs"] = easy(class_name="torch.optim.Adam", lr=lrate, betas=[0.0, 0.99], eps=1e-8)
+    c.loss_kwargs = easy(class_name="training.loss.StyleGAN2Loss", r1_gamma=gamma)
+    c.update(total_kimg=kimg, batch_size=mb, batch_gpu=max(mb // ref_gpus, 1), ema_kimg=ema, ema_rampup=ramp)
+
+
+# --- from a command to options --------------------------------------------------------------------------------
+
+AUGPIPES = {
+    "blit": "xflip rotate90 xint",
+    "geom": "scale rotate aniso xfrac",
+    "color": "brightness contrast lumaflip hue saturation",
+    "filter": "imgfilter",
+    "noise": "noise",
+    "cutout": "cutout",
+}
+for _name, _parts in dict(
+    bg="blit geom", bgc="bg color", bgcf="bgc filter", bgcfn="bgcf noise", bgcfnc="bgcfn cutout"
+).items():
+    AUGPIPES[_name] = " ".join(AUGPIPES[part] for part in _parts.split())
+
+
+def make_config(opts):
+    """The training options and the run directory's description for the options of a command.
+
+    opts: dict of option values, None where not given (names as in train.py). Reads the data set and, for configs that
+    take their widths from it, the --resume file; writes nothing. Returns (EasyDict of training_loop's options, desc).
+    Raises ConfigError with one line for the user.
+    """
+    opts = Options(opts)
+    c = dnnlib.EasyDict()
+    c.num_gpus = max(opts.gpus, 1)
+    c.image_snapshot_ticks = c.network_snapshot_ticks = 50
+    c.metrics = opts.metrics or []
+    c.metric_kwargs = dnnlib.EasyDict({} if opts.detector is None else {"detector": opts.detector})
+    c.random_seed = opts.seed
+    c.device = opts.device if opts.gpus else "cpu"
+    desc = [_dataset(c, opts)]
+    workers = dict(prefetch_factor=2) if opts.workers else {}
+    c.data_loader_kwargs = dnnlib.EasyDict(pin_memory=True, num_workers=opts.workers, **workers)
+    c.tick_hooks = []
+    if opts.cfg not in CONFIGS:
+        raise ConfigError(f"--cfg={opts.cfg} is not known; there are {', '.join(CONFIGS.names())}")
+    CONFIGS.resolve(opts.cfg)(c, opts)
+    desc += [opts.cfg + (str(c.num_gpus) if opts.cfg == "auto" else "")]
+    desc += _overrides(c, opts)
+    desc += _augment(c, opts)
+    desc += _resume(c, opts)
+    desc += _plugin_options(opts)
+    for assignment in opts.set or []:
+        set_option(c, assignment)
+    _check_batch(c)
+    return c, "-".join(part for part in desc if part)
+
+
+def easy(value):
+    """Nested dicts (as JSON gives them) as EasyDicts."""
+    if isinstance(value, dict):
+        return dnnlib.EasyDict({k: easy(v) for k, v in value.items()})
+    return [easy(v) for v in value] if isinstance(value, list) else value
+
+
+def change_running(c, changed):
+    """Applies, to the options of a run that is continued, those that may change: kimg, snap, metrics, detector, workers."""
+    opts = Options(changed)
+    _overrides(c, Options({k: v for k, v in opts.items() if k in ("kimg", "snap")}))
+    if "metrics" in opts:
+        c.metrics = opts.metrics or []
+    if "detector" in opts:
+        c.metric_kwargs = dnnlib.EasyDict({} if opts.detector is None else {"detector": opts.detector})
+    if "workers" in opts:
+        c.data_loader_kwargs.num_workers = opts.workers
+        c.data_loader_kwargs.pop("prefetch_factor", None)
+
+
+class Options(dnnlib.EasyDict):
+    """The values of a command's options; a name that was not given is None. `source` reads the --resume file once."""
+
+    def __getattr__(self, name):
+        return self.get(name)
+
+    @property
+    def source(self):
+        """Networks of the --resume file (dict with G, D, G_ema), or None without --resume."""
+        if self.resume is None:
+            return None
+        if "_source" not in self:
+            from training import snapshot
+
+            try:
+                self["_source"] = snapshot.load_network_pkl(resolve_resume(self.resume))
+            except snapshot.SnapshotError as err:
+                raise ConfigError(f"--resume: {err}") from err
+        return self["_source"]
+
+
+def demo_file(name):
+    """A file of the shipped demo."""
+    return os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "demo", name)
+
+
+def _dataset(c, opts):
+    path = demo_file("lorelei32.zip") if opts.data == "demo" else opts.data
+    if not path:
+        raise ConfigError("--data is required: a folder or zip of pictures, or 'demo'")
+    kwargs = dnnlib.EasyDict(class_name="training.dataset.ImageFolderDataset", path=path, use_labels=True)
+    kwargs.update(max_size=None, xflip=False)
+    try:
+        data = dnnlib.util.construct_class_by_name(**kwargs)
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"--data: {err}") from err
+    kwargs.update(resolution=data.resolution, use_labels=data.has_labels, max_size=len(data))
+    desc = data.name
+    if opts.cond:
+        if not data.has_labels:
+            raise ConfigError("--cond=True requires labels specified in dataset.json")
+        desc += "-cond"
+    kwargs.use_labels = bool(opts.cond)
+    if opts.subset is not None:
+        if not 1 <= opts.subset <= len(data):
+            raise ConfigError(f"--subset must be between 1 and {len(data)}")
+        desc += f"-subset{opts.subset}"
+        if opts.subset < len(data):
+            kwargs.update(max_size=opts.subset, random_seed=opts.seed)
+    if opts.mirror:
+        desc += "-mirror"
+        kwargs.xflip = True
+    data.close()
+    c.training_set_kwargs = kwargs
+    return desc
+
+
+def _overrides(c, opts):
+    """Options that replace a number of the config."""
+    desc = []
+    if opts.gamma is not None:
+        if opts.gamma < 0:
+            raise ConfigError("--gamma must be non-negative")
+        desc.append(f"gamma{opts.gamma:g}")
+        c.loss_kwargs.r1_gamma = opts.gamma
+    if opts.kimg is not None:
+        if opts.kimg < 1:
+            raise ConfigError("--kimg must be at least 1")
+        desc.append(f"kimg{opts.kimg}")
+        c.total_kimg = opts.kimg
+    if opts.batch is not None:
+        if opts.batch < 1 or opts.batch % c.num_gpus:
+            raise ConfigError("--batch must be at least 1 and divisible by --gpus")
+        desc.append(f"batch{opts.batch}")
+        c.batch_size = opts.batch
+        c.batch_gpu = opts.batch // c.num_gpus
+    if opts.snap is not None:
+        if opts.snap < 1:
+            raise ConfigError("--snap must be at least 1")
+        c.image_snapshot_ticks = c.network_snapshot_ticks = opts.snap
+    return desc
+
+
+def _augment(c, opts):
+    mode = opts.aug or "ada"
+    desc = [opts.aug] if opts.aug else []
+    if opts.p is not None and mode != "fixed":
+        raise ConfigError("--p can only be specified with --aug=fixed")
+    if opts.target is not None and mode != "ada":
+        raise ConfigError("--target can only be specified with --aug=ada")
+    if opts.augpipe is not None and mode == "noaug":
+        raise ConfigError("--augpipe cannot be specified with --aug=noaug")
+    if mode == "fixed":
+        if opts.p is None:
+            raise ConfigError("--aug=fixed requires specifying --p")
+        if not 0 <= opts.p <= 1:
+            raise ConfigError("--p must be between 0 and 1")
+        desc.append(f"p{opts.p:g}")
+        c.augment_p = opts.p
+    if mode == "ada":
+        c.ada_target = 0.6 if opts.target is None else opts.target
+        if not 0 <= c.ada_target <= 1:
+            raise ConfigError("--target must be between 0 and 1")
+        if opts.target is not None:
+            desc.append(f"target{opts.target:g}")
+    if mode != "noaug":
+        names = AUGPIPES[opts.augpipe or "bgc"].split()
+        c.augment_kwargs = dnnlib.EasyDict(class_name="training.augment.AugmentPipe", **{name: 1 for name in names})
+    if opts.augpipe is not None:
+        desc.append(opts.augpipe)
+    return desc
+
+
+# The family's published networks. The files, and what is trained from them, stay under NVIDIA's licence.
+PUBLISHED_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/transfer-learning-source-nets/"
+PUBLISHED = {
+    "ffhq256": "ffhq-res256-mirror-paper256-noaug.pkl",
+    "ffhq512": "ffhq-res512-mirror-stylegan2-noaug.pkl",
+    "ffhq1024": "ffhq-res1024-mirror-stylegan2-noaug.pkl",
+    "celebahq256": "celebahq-res256-mirror-paper256-kimg100000-ada-target0.5.pkl",
+    "lsundog256": "lsundog-res256-paper256-kimg100000-noaug.pkl",
+}
+
+
+def resolve_resume(text):
+    """Path or URL of what --resume names: a shorthand of a published network, a URL, or a path."""
+    return PUBLISHED_URL + PUBLISHED[text] if text in PUBLISHED else text
+
+
+def _resume(c, opts):
+    if opts.resume is None:
+        return []
+    c.resume_pkl = resolve_resume(opts.resume)
+    c.ema_rampup = None
+    c.setdefault("ada_kimg", 100)
+    return [f"resume{opts.resume}" if opts.resume in PUBLISHED else "resumecustom"]
+
+
+def _plugin_options(opts):
+    desc = []
+    for option in OPTIONS.values():
+        value = opts.get(option.name)
+        if value is None:
+            continue
+        if opts.cfg not in option.configs:
+            raise ConfigError(f"{option.flag} has no use with --cfg={opts.cfg}; it goes with {', '.join(option.configs)}")
+        desc.append(option.desc.format(value))
+    return desc
+
+
+def _check_batch(c):
+    if c.batch_size % c.num_gpus:
+        raise ConfigError(f"the batch of {c.batch_size} cannot be shared by {c.num_gpus} processes; give --batch")
+    share = c.batch_size // c.num_gpus
+    c.batch_gpu = min(c.batch_gpu, share)
+    if share % c.batch_gpu:
+        raise ConfigError(f"batch_gpu {c.batch_gpu} must divide the {share} pictures of each process")
+    group = c.D_kwargs.get("epilogue_kwargs", {}).get("mbstd_group_size", 4)
+    if group and c.batch_gpu % min(group, c.batch_gpu):
+        raise ConfigError(
+            f"--batch: {c.batch_gpu} pictures at a time must be a multiple of the minibatch-std group of {group}"
+        )
+
+
+def set_option(c, assignment):
+    """Applies one `a.b=json` to the options; a name that does not exist there is an error listing those that do."""
+    path, equals, text = assignment.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {assignment}: expected name=value, such as loss_kwargs.pl_weight=0")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
+    *parents, last = path.split(".")
+    target = c
+    for i, name in enumerate(parents):
+        if not isinstance(target.get(name), dict):
+            known = [key for key in target if isinstance(target[key], dict)]
+            raise ConfigError(f"--set {path}: no {'.'.join(parents[: i + 1])}; there are {', '.join(known)}")
+        target = target[name]
+    known = _known_names(target, top=not parents)
+    if known is not None and last not in known:
+        raise ConfigError(f"--set {path}: {last} is not known there; there are {', '.join(sorted(known))}")
+    target[last] = value
+
+
+def _known_names(target, top):
+    """Names that may be set in a dict of options, or None where only the class they go to can tell."""
+    if top:
+        from training.training_loop import DEFAULTS
+
+        return set(DEFAULTS)
+    if "class_name" not in target:
+        return None
+    cls = dnnlib.util.get_obj_by_name(target["class_name"])
+    names = set(inspect.signature(cls).parameters) if not hasattr(cls, "_orig_class_name") else _init_names(cls)
+    return names | set(target)
+
+
+def _init_names(cls):
+    """Arguments of a persistent class: those of the constructor it wraps."""
+    return set(inspect.signature(cls.__mro__[1].__init__).parameters) - {"self"}
+
+
+# --- run directories ------------------------------------------------------------------------------------------
+
+
+def run_dirs(outdir):
+    """The run directories below outdir: list of (number, path), ascending."""
+    if not os.path.isdir(outdir):
+        return []
+    found = []
+    for name in os.listdir(outdir):
+        number = re.match(r"\d+", name)
+        if number and os.path.isdir(os.path.join(outdir, name)):
+            found.append((int(number[0]), os.path.join(outdir, name)))
+    return sorted(found)
+
+
+def next_run_dir(outdir, desc):
+    """outdir/%05d-desc with the next free number."""
+    number = max((number for number, _path in run_dirs(outdir)), default=-1) + 1
+    return os.path.join(outdir, f"{number:05d}-{desc}")

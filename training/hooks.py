@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tick hooks: all that a training run prints and writes. Each has start() and tick(); tests of the rank live here."""
+
+import json
+import os
+import time
+
+import numpy as np
+import psutil
+import torch
+
+import dnnlib
+from torch_utils import training_stats
+from torch_utils.images import save_image_grid
+from training import snapshot
+
+CHECKPOINT_SECONDS = 600  # a checkpoint at least this often, whatever --snap says
+
+
+class Hook:
+    """What happens at the start of a run and at each of its ticks. `run` is training_loop.Run."""
+
+    def __init__(self, run):
+        self.run = run
+
+    def start(self):
+        """Called once, when all is built and before the first iteration."""
+
+    def tick(self):
+        """Called at the end of each tick; run.this_tick has index, seconds, images and maintenance seconds."""
+
+    def due(self, ticks):
+        """Whether something that happens every `ticks` ticks (None: never) is due; the last tick always is."""
+        return ticks is not None and (self.run.done or self.run.this_tick.index % ticks == 0)
+
+    def path(self, name):
+        """A file of the run directory."""
+        return os.path.join(self.run.c.run_dir, name)
+
+
+class StatusLine(Hook):
+    """The family's status line, then images per second and the time left."""
+
+    def tick(self):
+        """Prints the line and reports its numbers as statistics."""
+        run, tick = self.run, self.run.this_tick
+        report = training_stats.report0
+        total = run.counters.seconds
+        per_kimg = tick.seconds / tick.images * 1e3
+        left = max(run.c.total_kimg - run.kimg, 0) * per_kimg
+        memory = psutil.Process(os.getpid()).memory_info().rss / 2**30
+        fields = [
+            f"tick {report('Progress/tick', tick.index):<5d}",
+            f"kimg {report('Progress/kimg', run.kimg):<8.1f}",
+            f"time {dnnlib.util.format_time(report('Timing/total_sec', total)):<12s}",
+            f"sec/tick {report('Timing/sec_per_tick', tick.seconds):<7.1f}",
+            f"sec/kimg {report('Timing/sec_per_kimg', per_kimg):<7.2f}",
+            f"maintenance {report('Timing/maintenance_sec', tick.maintenance):<6.1f}",
+            f"cpumem {report('Resources/cpu_mem_gb', memory):<6.2f}",
+            f"gpumem {report('Resources/peak_gpu_mem_gb', self._gpu_memory()):<6.2f}",
+            f"augment {report('Progress/augment', run.augment.strength):.3f}",
+            f"  img/s {1e3 / per_kimg:<6.1f}",
+            f"eta {dnnlib.util.format_time(left)}",
+        ]
+        report("Timing/total_hours", total / 3600)
+        report("Timing/total_days", total / 86400)
+        run.say(" ".join(fields))
+
+    def _gpu_memory(self):
+        if self.run.device.type != "cuda":
+            return 0.0
+        peak = torch.cuda.max_memory_allocated(self.run.device) / 2**30
+        torch.cuda.reset_peak_memory_stats(self.run.device)
+        return peak
+
+
+def setup_snapshot_image_grid(training_set, random_seed=0):
+    """Picks the pictures of the run's grids: ((columns, rows), images uint8 [n, C, H, W], labels [n, ...]).
+
+    As many as fit 7680 x 4320 pixels, at least 7 x 4, at most 32 x 32. Without labels: a shuffle of all pictures,
+    wrapping. With labels: one label a row (sorted by the reversed raw label), its pictures shuffled.
+    """
+    rnd = np.random.RandomState(random_seed)
+    gw = int(np.clip(7680 // training_set.image_shape[2], 7, 32))
+    gh = int(np.clip(4320 // training_set.image_shape[1], 4, 32))
+    order = list(range(len(training_set)))
+    if not training_set.has_labels:
+        rnd.shuffle(order)
+        picks = [order[i % len(order)] for i in range(gw * gh)]
+    else:
+        groups = {}
+        for i in order:
+            raw = tuple(np.atleast_1d(training_set.get_details(i).raw_label).flat[::-1])
+            groups.setdefault(raw, []).append(i)
+        rows = [groups[key] for key in sorted(groups)]
+        for row in rows:
+            rnd.shuffle(row)
+        picks = []
+        for y in range(gh):
+            row = rows[y % len(rows)]
+            first = (y // len(rows)) * gw  # a label that comes again goes on where it stopped
+            picks += [row[(first + x) % len(row)] for x in range(gw)]
+    images, labels = zip(*(training_set[i] for i in picks), strict=True)
+    return (gw, gh), np.stack(images), np.stack(labels)
+
+
+class ImageGrids(Hook):
+    """reals.png, fakes_init.png and fakes%06d.png: the same latents throughout a run."""
+
+    CHUNK = 32
+
+    def start(self):
+        """Writes the grid of real pictures and, for a new run, what the networks give at the start."""
+        run = self.run
+        if not run.is_main or run.c.image_snapshot_ticks is None:
+            return
+        self.grid_size, images, labels = setup_snapshot_image_grid(run.training_set)
+        rnd = torch.Generator().manual_seed(run.c.random_seed)
+        self.z = torch.randn([labels.shape[0], run.G.z_dim], generator=rnd)
+        self.c = torch.from_numpy(labels)
+        if not run.c.exact_resume:
+            run.say("Exporting sample images...")
+            save_image_grid(images, self.path("reals.png"), drange=[0, 255], grid_size=self.grid_size)
+            self._write("fakes_init.png")
+
+    def tick(self):
+        """Writes the grid when it is due."""
+        if self.run.is_main and self.due(self.run.c.image_snapshot_ticks):
+            self._write(f"fakes{self.run.counters.nimg // 1000:06d}.png")
+
+    @torch.no_grad()
+    def _write(self, name):
+        device = self.run.device
+        parts = zip(self.z.split(self.CHUNK), self.c.split(self.CHUNK), strict=True)
+        images = [self.run.G_ema(z.to(device), c.to(device), noise_mode="const").cpu() for z, c in parts]
+        save_image_grid(torch.cat(images).numpy(), self.path(name), drange=[-1, 1], grid_size=self.grid_size)
+
+
+class Snapshots(Hook):
+    """network-snapshot-%06d.pkl."""
+
+    def tick(self):
+        """Writes the networks when they are due; run.snapshot_pkl is the latest file (None before the first)."""
+        run = self.run
+        run.snapshot_pkl = None
+        if not self.due(run.c.network_snapshot_ticks):
+            return
+        run.snapshot_pkl = self.path(f"network-snapshot-{run.counters.nimg // 1000:06d}.pkl")
+        if run.is_main:
+            snapshot.save_network_pkl(
+                run.snapshot_pkl,
+                G=run.G,
+                D=run.D,
+                G_ema=run.G_ema,
+                augment_pipe=run.augment.pipe,
+                training_set_kwargs=run.c.training_set_kwargs,
+            )
+
+
+class StatsLog(Hook):
+    """stats.jsonl: all reported statistics, one line a tick."""
+
+    def tick(self):
+        """Collects and appends."""
+        run = self.run
+        for phase in run.phases:
+            took = phase.timer.milliseconds()
+            training_stats.report0(f"Timing/{phase.name}", [] if took is None else took)
+        run.stats.update()
+        if run.is_main:
+            line = dict(run.stats.as_dict(), timestamp=time.time())
+            with open(self.path("stats.jsonl"), "a", encoding="utf-8") as f:
+                f.write(json.dumps(line, default=float) + "\n")
+
+
+class Checkpoints(Hook):
+    """checkpoint.pt with every snapshot, and at least every CHECKPOINT_SECONDS."""
+
+    def start(self):
+        """Begins to count the time since the last one."""
+        self.latest = time.monotonic()
+
+    def tick(self):
+        """Writes it when it is due."""
+        run = self.run
+        late = run.is_main and time.monotonic() - self.latest > CHECKPOINT_SECONDS
+        if run.done or run.snapshot_pkl is not None or run.any_process(late):
+            run.checkpoint_now()
+            self.latest = time.monotonic()
+
+
+class Metrics(Hook):
+    """Evaluates each snapshot with the run's metrics."""
+
+    def start(self):
+        """Looks whether the metrics can be had at all: warns once and goes on without them where they cannot."""
+        from metrics import metric_main
+
+        run = self.run
+        self.names = list(run.c.metrics)
+        problem = metric_main.why_unavailable(self.names, **run.c.metric_kwargs) if self.names else None
+        if problem:
+            run.say(f"Warning: training without metrics: {problem}")
+            self.names = []
+
+    def tick(self):
+        """Runs the metrics on the snapshot of this tick, if there is one."""
+        run = self.run
+        if run.snapshot_pkl is None or not self.names:
+            return
+        from metrics import metric_main
+
+        run.say("Evaluating metrics...")
+        for name in self.names:
+            result = metric_main.calc_metric(
+                metric=name,
+                G=run.G_ema,
+                dataset_kwargs=run.c.training_set_kwargs,
+                num_gpus=run.c.num_gpus,
+                rank=run.rank,
+                device=run.device,
+                run_dir=run.c.run_dir,
+                **run.c.metric_kwargs,
+            )
+            if run.is_main:
+                metric_main.report_metric(result, run_dir=run.c.run_dir, snapshot_pkl=run.snapshot_pkl)
+
+
+class Progress(Hook):
+    """Calls the run's progress_fn(kimg, total_kimg)."""
+
+    def start(self):
+        """Reports the beginning."""
+        self._report(0)
+
+    def tick(self):
+        """Reports the images seen."""
+        self._report(self.run.counters.nimg // 1000)
+
+    def _report(self, kimg):
+        if self.run.progress_fn is not None:
+            self.run.progress_fn(kimg, self.run.c.total_kimg)

@@ -1,0 +1,372 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: says when; the objects it builds say how.
+
+One iteration draws its random numbers from (seed, rank, images seen), so that a run that was stopped and continued
+from its checkpoint makes the very draws of the run that was not.
+"""
+
+import copy
+import signal
+import time
+
+import numpy as np
+import torch
+
+import dnnlib
+from torch_utils import distributed, misc, training_stats
+from torch_utils.images import to_float
+from training import checkpoint, controllers, phases, snapshot
+
+STANDARD_HOOKS = [
+    "training.hooks.StatusLine",
+    "training.hooks.ImageGrids",
+    "training.hooks.Snapshots",
+    "training.hooks.StatsLog",
+    "training.hooks.Checkpoints",
+    "training.hooks.Metrics",
+    "training.hooks.Progress",
+]
+
+DEFAULTS = dict(
+    run_dir=".",
+    training_set_kwargs={},
+    data_loader_kwargs={},
+    G_kwargs={},
+    D_kwargs={},
+    G_opt_kwargs={},
+    D_opt_kwargs={},
+    augment_kwargs=None,
+    loss_kwargs={},
+    metrics=[],
+    metric_kwargs={},
+    random_seed=0,
+    num_gpus=1,
+    device=None,
+    batch_size=4,
+    batch_gpu=4,
+    ema_kimg=10,
+    ema_rampup=None,
+    G_reg_interval=4,
+    D_reg_interval=16,
+    augment_p=0,
+    ada_target=None,
+    ada_interval=4,
+    ada_kimg=500,
+    total_kimg=25000,
+    kimg_per_tick=4,
+    image_snapshot_ticks=50,
+    network_snapshot_ticks=50,
+    resume_pkl=None,
+    transfer="training.snapshot.transfer",
+    exact_resume=False,
+    tick_hooks=[],
+    cudnn_benchmark=True,
+    allow_tf32=False,
+)
+
+
+def complete_config(config):
+    """The loop's options with defaults filled in; a name it does not know is a TypeError that lists the known ones."""
+    unknown = sorted(set(config) - set(DEFAULTS))
+    if unknown:
+        raise TypeError(f"training_loop got unknown options {', '.join(unknown)}; it knows {', '.join(DEFAULTS)}")
+    return dnnlib.EasyDict({**copy.deepcopy(DEFAULTS), **config})
+
+
+def training_loop(rank=0, abort_fn=None, progress_fn=None, **config):
+    """Trains until total_kimg thousand images, a stop signal, or abort_fn() says so.
+
+    The options are the family's (see DEFAULTS), and: `device` ('cpu', 'cuda' or None: CUDA where there is one),
+    `exact_resume` (go on from run_dir/checkpoint.pt), `transfer` (dotted name of the function that fills the networks
+    from resume_pkl), `tick_hooks` (dotted names of further hooks), `metric_kwargs` (passed on to the metrics).
+    progress_fn(kimg, total_kimg) is called at the start and at every tick. Returns True when training is complete,
+    False when it was stopped (the checkpoint is written then).
+    """
+    run = Run(complete_config(config), rank, abort_fn, progress_fn)
+    with StopSignals() as stop:
+        run.stop = stop
+        run.start()
+        while not run.done:
+            if run.must_stop():
+                run.checkpoint_now()
+                run.say(f"Stopped at {run.kimg:.1f} kimg; go on with --resume={run.c.run_dir}")
+                return False
+            run.iterate()
+            if run.tick_due():
+                run.tick()
+    run.say("")
+    run.say("Exiting...")
+    return True
+
+
+class StopSignals:
+    """Context in which the first SIGINT or SIGTERM sets `requested`, and a second one acts as it always does."""
+
+    def __enter__(self):
+        self.requested = False
+        self._old = {}
+        try:
+            for number in [signal.SIGINT, signal.SIGTERM]:
+                self._old[number] = signal.signal(number, self._handle)
+        except ValueError:  # not the main thread: signals are somebody else's business
+            pass
+        return self
+
+    def _handle(self, number, _frame):
+        self.requested = True
+        print(f"\n{signal.Signals(number).name}: finishing this step and saving; once more stops at once.", flush=True)
+        self._restore()
+
+    def _restore(self):
+        while self._old:
+            number, handler = self._old.popitem()
+            signal.signal(number, handler)
+
+    def __exit__(self, *exc):
+        self._restore()
+
+
+def _ignore_interrupt(_worker_id):
+    """Workers leave Ctrl-C to the process that can save."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def draw_seed(random_seed, rank, nimg):
+    """A 63-bit seed from the run's seed, the rank and the images seen."""
+    return int(np.random.SeedSequence([random_seed, rank, nimg]).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Run:
+    """One training run: the networks and their helpers, counters, data, and what one iteration and one tick do."""
+
+    def __init__(self, c, rank, abort_fn=None, progress_fn=None):
+        self.c = c
+        self.rank = rank
+        self.abort_fn = abort_fn
+        self.progress_fn = progress_fn
+        self.device = _pick_device(c.device, rank)
+        self.is_main = rank == 0
+        self.stop = None
+        self.done = False
+        self.began = time.time()
+
+    def say(self, text):
+        """Prints on the main process."""
+        if self.is_main:
+            print(text, flush=True)
+
+    @property
+    def kimg(self):
+        """Thousands of images seen."""
+        return self.counters.nimg / 1e3
+
+    # --- setting up -------------------------------------------------------------------------------------------
+
+    def start(self):
+        """Builds everything, fills it from a snapshot or a checkpoint, and lets the hooks begin."""
+        c = self.c
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = c.cudnn_benchmark
+            torch.backends.cuda.matmul.allow_tf32 = c.allow_tf32
+            torch.backends.cudnn.allow_tf32 = c.allow_tf32
+        np.random.seed(c.random_seed * c.num_gpus + self.rank)
+        torch.manual_seed(c.random_seed)  # every process builds the same networks
+        self.counters = checkpoint.Counters(nimg=0, tick=0, tick_start_nimg=0, seconds=0.0)
+        self._load_data()
+        self._build_networks()
+        self._build_training()
+        if c.exact_resume:
+            self.checkpoint.load(c.run_dir)
+            if self.is_main:
+                checkpoint.cut_back_logs(c.run_dir, self.kimg)
+            self.say(f"Continuing at {self.kimg:.1f} kimg...")
+            self.done = self.counters.nimg >= c.total_kimg * 1000
+        elif c.resume_pkl is not None:
+            self._transfer()
+        for module in [self.G, self.D, self.G_ema]:
+            distributed.broadcast_module(module)
+        self.hooks = [
+            dnnlib.util.construct_class_by_name(self, class_name=name) for name in [*STANDARD_HOOKS, *c.tick_hooks]
+        ]
+        for hook in self.hooks:
+            hook.start()
+        self.batches = self._iterate_data()
+        self.say(f"Training for {c.total_kimg} kimg...")
+        self.say("")
+        self.tick_began = time.time()
+        self.maintenance_seconds = self.tick_began - self.began
+
+    def _load_data(self):
+        self.say("Loading training set...")
+        self.training_set = dnnlib.util.construct_class_by_name(**self.c.training_set_kwargs)
+        self.say("")
+        self.say(f"Num images:  {len(self.training_set)}")
+        self.say(f"Image shape: {self.training_set.image_shape}")
+        self.say(f"Label shape: {self.training_set.label_shape}")
+        self.say("")
+
+    def _iterate_data(self):
+        """Endless batches (images uint8 [n, C, H, W], labels) from the place where the run stands."""
+        c = self.c
+        sampler = misc.InfiniteSampler(
+            self.training_set,
+            rank=self.rank,
+            num_replicas=c.num_gpus,
+            seed=c.random_seed,
+            start=self.counters.nimg // c.num_gpus,
+        )
+        options = dict(c.data_loader_kwargs)
+        if options.get("num_workers", 0) == 0:
+            options.pop("prefetch_factor", None)
+        else:
+            options["worker_init_fn"] = _ignore_interrupt
+        options["pin_memory"] = options.get("pin_memory", False) and self.device.type == "cuda"
+        loader = torch.utils.data.DataLoader(
+            dataset=self.training_set,
+            sampler=sampler,
+            batch_size=c.batch_size // c.num_gpus,
+            generator=torch.Generator(),  # its own, so that it draws nothing from the run's
+            **options,
+        )
+        return iter(loader)
+
+    def _build_networks(self):
+        self.say("Constructing networks...")
+        c, data = self.c, self.training_set
+        common = dict(c_dim=data.label_dim, img_resolution=data.resolution, img_channels=data.num_channels)
+        build = dnnlib.util.construct_class_by_name
+        self.G = build(**c.G_kwargs, **common).train().requires_grad_(False).to(self.device)
+        self.D = build(**c.D_kwargs, **common).train().requires_grad_(False).to(self.device)
+        self.G_ema = copy.deepcopy(self.G).eval()
+
+    def _build_training(self):
+        c = self.c
+        self.augment = self._build_augment()
+        self.loss = dnnlib.util.construct_class_by_name(
+            device=self.device,
+            G_mapping=self.G.mapping,
+            G_synthesis=self.G.synthesis,
+            D=self.D,
+            augment_pipe=self.augment.pipe,
+            **c.loss_kwargs,
+        )
+        self.say("Setting up training phases...")
+        self.phases, self.optimizers = phases.build_phases(
+            self.loss.phase_rows(c.G_reg_interval, c.D_reg_interval),
+            modules=dict(G=self.G, D=self.D),
+            opt_kwargs=dict(G=c.G_opt_kwargs, D=c.D_opt_kwargs),
+        )
+        self.average = controllers.WeightAverage(self.G, self.G_ema, kimg=c.ema_kimg, rampup=c.ema_rampup)
+        self.stats = training_stats.Collector(regex=".*")
+        self.checkpoint = checkpoint.Checkpoint(
+            counters=self.counters,
+            G=self.G,
+            D=self.D,
+            G_ema=self.G_ema,
+            G_opt=self.optimizers["G"],
+            D_opt=self.optimizers["D"],
+            augment=self.augment,
+            loss=self.loss,
+            reported=training_stats,
+            stats=self.stats,
+        )
+
+    def _build_augment(self):
+        c = self.c
+        if c.augment_kwargs is None or (c.augment_p == 0 and c.ada_target is None):
+            return controllers.FixedAugment()
+        self.say("Setting up augmentation...")
+        pipe = dnnlib.util.construct_class_by_name(**c.augment_kwargs).train().requires_grad_(False).to(self.device)
+        if c.ada_target is None:
+            return controllers.FixedAugment(pipe, c.augment_p)
+        return controllers.AdaptiveAugment(
+            pipe, c.augment_p, target=c.ada_target, interval=c.ada_interval, kimg=c.ada_kimg
+        )
+
+    def _transfer(self):
+        self.say(f'Resuming from "{self.c.resume_pkl}"')
+        source = snapshot.load_network_pkl(self.c.resume_pkl)
+        rows = dnnlib.util.call_func_by_name(source, self.G, self.D, self.G_ema, func_name=self.c.transfer)
+        self.say(snapshot.coverage_table(rows))
+        self.say("")
+
+    # --- one iteration ----------------------------------------------------------------------------------------
+
+    def iterate(self):
+        """One step of every phase that is due, then the weight average and ADA."""
+        c, nimg = self.c, self.counters.nimg
+        batch_idx = nimg // c.batch_size
+        due = [phase for phase in self.phases if batch_idx % phase.interval == 0]
+        torch.manual_seed(draw_seed(c.random_seed, self.rank, nimg))
+        real_img, real_c = self._next_batch()
+        for phase, gen_z, gen_c in zip(due, *self._draw_latents(len(due)), strict=True):
+            rounds = zip(*(part.split(c.batch_gpu) for part in [real_img, real_c, gen_z, gen_c]), strict=True)
+            phase.step(self.loss, rounds)
+        self.average.update(c.batch_size, nimg)
+        self.counters.nimg += c.batch_size
+        self.augment.update(c.batch_size, batch_idx)
+        self.done = self.counters.nimg >= c.total_kimg * 1000
+
+    def _next_batch(self):
+        img, label = next(self.batches)
+        return to_float(img.to(self.device)), label.to(self.device)
+
+    def _draw_latents(self, count):
+        """`count` batches of z and of random labels of the training set."""
+        size = self.c.batch_size // self.c.num_gpus
+        z = torch.randn([count, size, self.G.z_dim], device=self.device)
+        if not self.training_set.has_labels:
+            return z, torch.zeros([count, size, 0], device=self.device)
+        picks = torch.randint(len(self.training_set), [count * size]).tolist()
+        labels = torch.from_numpy(np.stack([self.training_set.get_label(i) for i in picks]))
+        return z, labels.reshape(count, size, -1).to(self.device)
+
+    # --- one tick ---------------------------------------------------------------------------------------------
+
+    def tick_due(self):
+        """After the first iteration, every kimg_per_tick thousand images, and at the end."""
+        since = self.counters.nimg - self.counters.tick_start_nimg
+        return self.done or self.counters.tick == 0 or since >= self.c.kimg_per_tick * 1000
+
+    def tick(self):
+        """Closes a tick: statistics, then the hooks in their order."""
+        now = time.time()
+        counters = self.counters
+        counters.seconds += now - self.tick_began + self.maintenance_seconds
+        self.this_tick = dnnlib.EasyDict(
+            index=counters.tick,
+            seconds=now - self.tick_began,
+            images=counters.nimg - counters.tick_start_nimg,
+            maintenance=self.maintenance_seconds,
+        )
+        if self.abort_fn is not None and not self.done and self.abort_fn():
+            self.done = True
+            self.say("")
+            self.say("Aborting...")
+        counters.tick += 1
+        counters.tick_start_nimg = counters.nimg
+        for hook in self.hooks:
+            hook.tick()
+        self.tick_began = time.time()
+        self.maintenance_seconds = self.tick_began - now
+
+    def must_stop(self):
+        """Whether any process was asked to stop; all processes agree."""
+        return self.any_process(self.stop is not None and self.stop.requested)
+
+    def any_process(self, flag):
+        """Whether `flag` is true in any process; all processes must call this together."""
+        return distributed.any_rank(flag, device=self.device)
+
+    def checkpoint_now(self):
+        """Saves run_dir/checkpoint.pt. All processes call it: statistics are summed over them first."""
+        if self.is_main:
+            self.checkpoint.save(self.c.run_dir)
+        else:
+            training_stats.state_dict()
+
+
+def _pick_device(name, rank):
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name, rank) if name == "cuda" else torch.device(name)
