@@ -2,6 +2,7 @@
 """Re-draw chosen blocks of pictures and keep the rest: pictures, numbers, and a file one can go on from."""
 
 import contextlib
+import math
 import os
 import re
 
@@ -87,15 +88,17 @@ def show_result(job, record):
     if not record["candidates"]:
         return
     click.echo(f"\n{record['name']}: {job.what} re-drawn")
-    click.echo("  candidate   change inside   outside   inside / outside")
+    click.echo("  candidate   change inside   change outside   inside / outside")
     for each in record["candidates"]:
-        numbers = [_text(each[key]) for key in ("inside", "outside", "ratio")]
-        click.echo(f"  {each['number']:>9}   {numbers[0]:>13}   {numbers[1]:>7}   {numbers[2]:>16}")
+        inside, outside = (_number(each[key], ".4f") for key in ("inside", "outside"))
+        click.echo(
+            f"  {each['number']:>9}   {inside:>13}   {outside:>14}   {_number(each['ratio'], '.1f'):>16}"
+        )
 
 
-def _text(value):
-    """A change with two or three digits; '-' where there is none to speak of."""
-    return "-" if value != value else f"{value:.0f}" if value >= 100 else f"{value:.2g}"
+def _number(value, form):
+    """A number as text, '-' where there is none (nothing is outside, or nothing changed there)."""
+    return format(value, form) if math.isfinite(value) else "-"
 
 
 def show_files(job, folder, records):
@@ -111,7 +114,8 @@ def show_files(job, folder, records):
     for files, (text, written) in kinds.items():
         if written:
             click.echo(f"  {files:<30} {text}")
-    click.echo(f"Go on from candidate 1:  python resample.py --from={folder} --pick=1 --blocks=...")
+    if records[0]["candidates"]:
+        click.echo(f"Go on from candidate 1:  python resample.py --from={folder} --pick=1 --blocks=...")
 
 
 # ----------------------------------------------------------------------------
@@ -120,15 +124,14 @@ def show_files(job, folder, records):
 
 @click.command(help=HELP, params=OPTIONS)
 def main(**options):
+    """Checks the call, re-draws picture after picture, says what was written."""
     from ssn_ext import results, session  # PyTorch is slow to import, and --help does not need it
 
     with user_errors():
         job = session.make_job(session.Options(**options), DEMO_NETWORK)
         height, width = job.mask.shape
         grid = "x".join(map(str, job.G.latent_grid))
-        click.echo(
-            f"Network {job.network_source}: {width}x{height} pixels, {grid} blocks, on {job.device}"
-        )
+        click.echo(f"Network {job.network_source}: {width}x{height} pixels, {grid} blocks, on {job.device}")
         folder = results.run_folder(job.outdir, job.name, job.same)
     records = []
     for start in job.starts:

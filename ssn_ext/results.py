@@ -44,7 +44,13 @@ def find_results(path: str) -> list[str]:
     """The result files meant by a JSON file or by the folder of a call; ValueError where there are none."""
     files = sorted(glob.glob(os.path.join(glob.escape(path), "*.json"))) if os.path.isdir(path) else [path]
     if not files or not os.path.isfile(files[0]):
-        raise ValueError(f"--from={path} holds no result: give a .json that resample.py wrote, or its folder")
+        inner = sorted(glob.glob(os.path.join(glob.escape(path), "*", "*.json")))
+        hint = (
+            f"for example {os.path.dirname(inner[-1])}"
+            if inner
+            else "give a .json that resample.py wrote, or its folder"
+        )
+        raise ValueError(f"--from={path} holds no result: {hint}")
     return files
 
 

@@ -126,6 +126,8 @@ def _check_combinations(opts: Options) -> None:
         raise ValueError(
             "Say what to re-draw, as --blocks=5,6 or --mask=FILE (--numbering shows the numbers)"
         )
+    if (opts.swap or opts.candidates) and not (opts.blocks or opts.mask):
+        raise ValueError("--swap and --candidates need --blocks or --mask: what is to be re-drawn?")
     if opts.swap and opts.candidates:
         raise ValueError("--swap makes one candidate of each of its seeds: leave out --candidates")
     if (opts.pick is None) != (opts.source is None):
@@ -320,8 +322,8 @@ def _write_pictures(
     if candidates:
         files["grid"] = f"{start.name}-grid.png"
         labels = ["original", *(_caption(each) for each in candidates)]
-        steps = sum(step["pick"] > 0 for step in start.history)
-        title = f"{start.name}: {job.what} re-drawn" + (f", after {steps} earlier edits" if steps else "")
+        step = sum(earlier["pick"] > 0 for earlier in start.history) + 1
+        title = f"{start.name}: {job.what} re-drawn" + (f" (edit number {step})" if step > 1 else "")
         sheet = figures.candidate_sheet(pictures[0], list(pictures[1:]), job.mask.numpy(), labels, title)
         write_png(os.path.join(folder, files["grid"]), sheet)
     if job.numbering:

@@ -2,6 +2,7 @@
 """From trained networks to a spatial generator: section 3.4 of the SSN paper, made exact at the start."""
 
 import copy
+import inspect
 
 from training import snapshot
 
@@ -49,6 +50,12 @@ def spatial_kwargs(G_kwargs, latent_grid):
     return kwargs
 
 
+def constructor_kwargs(network):
+    """The arguments that a persistent network was built with, all by name."""
+    names = list(inspect.signature(type(network).__mro__[1].__init__).parameters)[1:]  # of the class that was decorated
+    return copy.deepcopy({**dict(zip(names, network.init_args, strict=False)), **network.init_kwargs})
+
+
 def from_stylegan2(G, latent_grid=(4, 4), **synthesis_kwargs):
     """A spatial generator that gives G's picture for one vector in all blocks: the exact start, without training.
 
@@ -56,7 +63,7 @@ def from_stylegan2(G, latent_grid=(4, 4), **synthesis_kwargs):
     """
     from ssn_ext.networks import SpatialGenerator
 
-    kwargs = spatial_kwargs(dict(G.init_kwargs), latent_grid)
+    kwargs = spatial_kwargs(constructor_kwargs(G), latent_grid)
     kwargs["synthesis_kwargs"] = {**kwargs.get("synthesis_kwargs", {}), **synthesis_kwargs}
     result = SpatialGenerator(**kwargs).eval().requires_grad_(False)
     spatial_from(G, result)

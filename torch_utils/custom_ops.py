@@ -18,8 +18,8 @@ def get_plugin(module_name, sources, headers=None, source_dir=None, **build_kwar
 
     sources, headers: file names, relative to source_dir if that is given.
     build_kwargs: passed to torch.utils.cpp_extension.load, e.g. extra_cuda_cflags.
-    The build lives under torch's extension directory (TORCH_EXTENSIONS_DIR) in a folder named after the content
-    of the files, the options, PyTorch and the GPU, so that different versions never meet.
+    The build lives under torch's extension directory (TORCH_EXTENSIONS_DIR) in a folder named after the
+    content of the files, the options, PyTorch and the GPU, so that different versions never meet.
     Raises RuntimeError with the reason in one line; later calls raise it again without another try.
     """
     assert verbosity in ("none", "brief", "full"), f"verbosity is {verbosity!r}"

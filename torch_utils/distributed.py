@@ -33,7 +33,7 @@ def is_main() -> bool:
 def barrier() -> None:
     """Waits until all processes have come here."""
     if get_world_size() > 1:
-        dist.barrier()
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def _is_active() -> bool:
@@ -66,7 +66,7 @@ def broadcast_object(obj: Any, src: int = 0) -> Any:
 
 
 def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
-    """Whether `flag` is true in any process. All processes must call it; `device` is where they communicate."""
+    """Whether `flag` is true in any process. All must call it; `device` is where they communicate."""
     if get_world_size() == 1:
         return bool(flag)
     box = torch.tensor([float(bool(flag))], device=device)

@@ -189,11 +189,12 @@ def ddp_sync(module: torch.nn.Module, sync: bool) -> contextlib.AbstractContextM
 
 
 def check_ddp_consistency(module: torch.nn.Module, ignore_regex: str | None = None) -> None:
-    """AssertionError, naming the tensor, if a parameter or buffer differs from that of rank 0.
+    """AssertionError, naming the first such tensor, if a parameter or buffer differs from that of rank 0.
 
     Names are 'ClassName.parameter.name'; those that `ignore_regex` fully matches are left out. All ranks call
-    this.
+    this. Tensors are compared to the end even after a difference, so that the ranks stay in step.
     """
+    different = []
     for name, tensor in named_params_and_buffers(module):
         full_name = f"{type(module).__name__}.{name}"
         if ignore_regex is not None and re.fullmatch(ignore_regex, full_name):
@@ -203,7 +204,9 @@ def check_ddp_consistency(module: torch.nn.Module, ignore_regex: str | None = No
         torch.distributed.broadcast(theirs, src=0)
         if mine.is_floating_point():
             mine, theirs = nan_to_num(mine), nan_to_num(theirs)
-        assert torch.equal(mine, theirs), full_name
+        if not torch.equal(mine, theirs):
+            different.append(full_name)
+    assert not different, different[0]
 
 
 # ----------------------------------------------------------------------------------------

@@ -124,17 +124,17 @@ def rotate3d(v, theta, **kwargs):
 
 def translate2d_inv(tx, ty, **kwargs):
     """Undoes translate2d."""
-    return translate2d(-tx, -ty, **kwargs)
+    return matrix([1, 0, -tx], [0, 1, -ty], [0, 0, 1], **kwargs)
 
 
 def scale2d_inv(sx, sy, **kwargs):
     """Undoes scale2d."""
-    return scale2d(1 / sx, 1 / sy, **kwargs)
+    return matrix([1 / sx, 0, 0], [0, 1 / sy, 0], [0, 0, 1], **kwargs)
 
 
 def rotate2d_inv(theta, **kwargs):
     """Undoes rotate2d."""
-    return rotate2d(-theta, **kwargs)
+    return rotate2d(theta, **kwargs).transpose(-1, -2)
 
 
 def band_filters(lowpass):
@@ -160,8 +160,8 @@ def band_filters(lowpass):
 def _by_axis(images, operator, margin_x, margin_y):
     """operator(images, margin_x, margin_y), a separable linear one.
 
-    Small images on a CPU are multiplied by the operator's two matrices, which are what it makes of the identity
-    matrix: several times faster than convolutions with few channels, and the same up to rounding.
+    Small images on a CPU are multiplied by the operator's two matrices, which are what it makes of the unit
+    matrix: several times faster than convolutions of three channels, and the same up to rounding.
     """
     height, width = images.shape[2:]
     if images.device.type != "cpu" or max(height, width) > MATRIX_LIMIT:
@@ -175,7 +175,7 @@ class _Dice:
     """Random values, one or `size` a sample: [N] or [N, size]. Each throw draws the value, then its gate.
 
     Where a fresh U(0,1) is not below `strength`, the sample gets the value that changes nothing. With a
-    percentile (for tests, pictures) numbers are drawn all the same, but every sample gets that percentile.
+    percentile (for tests, pictures) numbers are drawn all the same, but all samples get that one.
     """
 
     def __init__(self, images, percentile):
@@ -237,9 +237,9 @@ class AugmentPipe(torch.nn.Module):
     """Random transforms. A strength of 0 turns a transform off, 1 applies it with probability `p`.
 
     The settings with a suffix say how far a transform may go: xint_max, xfrac_std, cutout_size as shares of
-    the image; scale_std, aniso_std, contrast_std, saturation_std, imgfilter_std in octaves; rotate_max, hue_max
-    as shares of 180 degrees; brightness_std, noise_std in pixel values. imgfilter_bands: strengths of the bands.
-    `p` is a buffer, which the adaptive controller sets.
+    the image; scale_std, aniso_std, contrast_std, saturation_std, imgfilter_std in octaves; rotate_max and
+    hue_max as shares of 180 degrees; brightness_std, noise_std in pixel values. imgfilter_bands: a strength
+    for each band. `p` is a buffer, which the adaptive controller sets.
     """
 
     def __init__(

@@ -83,7 +83,7 @@ def cut_back_logs(run_dir, kimg):
         path = os.path.join(run_dir, name)
         with open(path, encoding="utf-8") as f:
             lines = f.readlines()
-        kept = [line for line in lines if _line_kimg(line) <= kimg]
+        kept = [line for line in lines if _line_kimg(line) <= kimg * (1 + 1e-6)]  # statistics are summed in float32
         if kept != lines:
             with open_atomic(path) as f:
                 f.write("".join(kept).encode("utf-8"))

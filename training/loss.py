@@ -71,15 +71,10 @@ class StyleGAN2Loss(Loss):
     ):
         super().__init__()
         self.device = torch.device(device)
-        self.G_mapping = G_mapping
-        self.G_synthesis = G_synthesis
-        self.D = D
+        self.G_mapping, self.G_synthesis, self.D = G_mapping, G_synthesis, D
         self.augment_pipe = augment_pipe
-        self.style_mixing_prob = style_mixing_prob
-        self.r1_gamma = r1_gamma
-        self.pl_batch_shrink = pl_batch_shrink
-        self.pl_decay = pl_decay
-        self.pl_weight = pl_weight
+        self.r1_gamma, self.style_mixing_prob = r1_gamma, style_mixing_prob
+        self.pl_weight, self.pl_decay, self.pl_batch_shrink = pl_weight, pl_decay, pl_batch_shrink
         self.pl_mean = torch.zeros([], device=self.device)
 
     # --- phases -----------------------------------------------------------------------------------------------

@@ -51,6 +51,8 @@ def modulated_conv2d(
         weight, styles = _rescale_for_half(weight, styles)
     scale = _demodulation(weight, styles) if demodulate else None  # [N,O]
     noise = None if noise is None else noise.to(x.dtype)
+    if weight[0, 0].numel() == up == down == 1 and padding == 0:
+        return _multiply_pixels(x, weight, styles, scale, noise)
     resampling = dict(f=resample_filter, up=up, down=down, padding=padding, flip_weight=flip_weight)
     if fused_modconv:
         return _conv_own_kernels(x, weight, styles, scale, noise, resampling)
@@ -66,8 +68,21 @@ def _rescale_for_half(weight, styles):
 
 def _demodulation(weight, styles):
     """1 / sqrt(sum_i styles[n,i]^2 * (sum_kh,kw weight[o,i]^2) + 1e-8) -> [N,O]; no kernel per sample."""
-    energy = torch.sum(weight * weight, dim=[2, 3])  # [O,I]
+    squares = (weight * weight).flatten(2)
+    energy = torch.matmul(
+        squares, squares.new_ones(squares.shape[2])
+    )  # [O,I]; faster than a sum over few values
     return torch.rsqrt(torch.matmul(styles * styles, energy.t()) + 1e-8)
+
+
+def _multiply_pixels(x, weight, styles, scale, noise):
+    """A 1x1 kernel per sample is a matrix: x is read once, and no scaled copy of it is kept."""
+    matrix = weight.flatten(1) * styles[:, None, :]  # [N,O,I]
+    if scale is not None:
+        matrix = matrix * scale[:, :, None]
+    pixels = torch.bmm(matrix.to(x.dtype), x.flatten(2))  # [N,O,H*W]
+    x = pixels.reshape(*pixels.shape[:2], *x.shape[2:])
+    return x if noise is None else x + noise
 
 
 def _conv_own_kernels(x, weight, styles, scale, noise, resampling):
@@ -93,12 +108,13 @@ def _conv_shared_kernel(x, weight, styles, scale, noise, resampling):
     return x * scale if noise is None else fma.fma(x, scale, noise)
 
 
-def _compute_format(device, use_fp16, channels_last):
+def _compute_format(device, use_fp16, channels_last, cpu_layout=torch.contiguous_format):
     """dtype and memory format in which a block computes; float16 pays on CUDA only."""
-    half = use_fp16 and device.type == "cuda"
-    dtype = torch.float16 if half else torch.float32
-    last = channels_last and half
-    return dtype, torch.channels_last if last else torch.contiguous_format
+    if device.type == "cpu":
+        return torch.float32, cpu_layout
+    if not use_fp16 or device.type != "cuda":
+        return torch.float32, torch.contiguous_format
+    return torch.float16, torch.channels_last if channels_last else torch.contiguous_format
 
 
 def _random_kernel(out_channels, in_channels, kernel_size, channels_last):
@@ -383,9 +399,11 @@ class SynthesisBlock(torch.nn.Module):
         ws [N,num_conv+num_torgb,w_dim]; layer_kwargs: noise_mode.
         """
         misc.assert_shape(ws, [None, self.num_conv + self.num_torgb, self.w_dim])
-        dtype, layout = _compute_format(ws.device, self.use_fp16 and not force_fp32, self.channels_last)
-        if fused_modconv is None:  # never in training, see modulated_conv2d
-            fused_modconv = not self.training and (dtype == torch.float32 or ws.shape[0] == 1)
+        half = self.use_fp16 and not force_fp32
+        dtype, layout = _compute_format(ws.device, half, self.channels_last, cpu_layout=torch.channels_last)
+        if fused_modconv is None:  # never in training, see modulated_conv2d; on CPU it only costs time
+            pays = (dtype == torch.float32 or ws.shape[0] == 1) and ws.device.type != "cpu"
+            fused_modconv = pays and not self.training
         layer_kwargs["fused_modconv"] = fused_modconv
         styles = ws.unbind(dim=1)
         x = self._features(x, styles, dtype, layout, layer_kwargs)

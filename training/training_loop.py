@@ -27,42 +27,20 @@ STANDARD_HOOKS = [
     "training.hooks.Progress",
 ]
 
-DEFAULTS = dict(
-    run_dir=".",
-    training_set_kwargs={},
-    data_loader_kwargs={},
-    G_kwargs={},
-    D_kwargs={},
-    G_opt_kwargs={},
-    D_opt_kwargs={},
-    augment_kwargs=None,
-    loss_kwargs={},
-    metrics=[],
-    metric_kwargs={},
-    random_seed=0,
-    num_gpus=1,
-    device=None,
-    batch_size=4,
-    batch_gpu=4,
-    ema_kimg=10,
-    ema_rampup=None,
-    G_reg_interval=4,
-    D_reg_interval=16,
-    augment_p=0,
-    ada_target=None,
-    ada_interval=4,
-    ada_kimg=500,
-    total_kimg=25000,
-    kimg_per_tick=4,
-    image_snapshot_ticks=50,
-    network_snapshot_ticks=50,
-    resume_pkl=None,
-    transfer="training.snapshot.transfer",
-    exact_resume=False,
-    tick_hooks=[],
-    cudnn_benchmark=True,
-    allow_tf32=False,
-)
+# Options of the loop, by theme, with the family's defaults.
+DEFAULTS = {
+    # what is trained, and on what
+    **dict(training_set_kwargs={}, data_loader_kwargs={}, G_kwargs={}, D_kwargs={}, loss_kwargs={}),
+    **dict(G_opt_kwargs={}, D_opt_kwargs={}, G_reg_interval=4, D_reg_interval=16, ema_kimg=10, ema_rampup=None),
+    **dict(augment_kwargs=None, augment_p=0, ada_target=None, ada_interval=4, ada_kimg=500),
+    # where it starts from and how long it takes
+    **dict(resume_pkl=None, transfer="training.snapshot.transfer", exact_resume=False),
+    **dict(total_kimg=25000, kimg_per_tick=4, batch_size=4, batch_gpu=4, random_seed=0),
+    # what it writes
+    **dict(run_dir=".", image_snapshot_ticks=50, network_snapshot_ticks=50, metrics=[], metric_kwargs={}, tick_hooks=[]),
+    # the machine
+    **dict(num_gpus=1, device=None, cudnn_benchmark=True, allow_tf32=False),
+}
 
 
 def complete_config(config):

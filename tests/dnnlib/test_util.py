@@ -20,15 +20,11 @@ from dnnlib import util
 
 
 def test_importing_stays_light():
-    code = "import sys, dnnlib.plugins; print(sorted({'torch', 'numpy', 'requests', 'scipy'} & set(sys.modules)))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=_root()
-    )
+    heavy = {"torch", "numpy", "requests", "scipy"}
+    code = f"import sys, dnnlib.plugins; print(sorted({heavy} & set(sys.modules)))"
+    root = os.path.dirname(os.path.dirname(dnnlib.__file__))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"
-
-
-def _root():
-    return os.path.dirname(os.path.dirname(dnnlib.__file__))
 
 
 class TestEasyDict:

@@ -85,7 +85,9 @@ def test_replace_blocks_says_what_does_not_fit(shape, blocks, message):
         replace_blocks(*pair(*shape), blocks, GRID)
 
 
-@pytest.mark.parametrize(("grid", "shape"), [((4, 4), (32, 32)), ((2, 3), (7, 10)), ((3, 2), (3, 5)), ((1, 1), (4, 6))])
+@pytest.mark.parametrize(
+    ("grid", "shape"), [((4, 4), (32, 32)), ((2, 3), (7, 10)), ((3, 2), (3, 5)), ((1, 1), (4, 6))]
+)
 def test_block_masks_follow_the_formula_and_part_the_picture(grid, shape):
     masks = block_masks(grid, shape)
     (h, w), (height, width) = grid, shape

@@ -72,12 +72,16 @@ def test_gradients_reach_both_pictures(pictures):
 def test_influence_matrix_splits_into_what_the_pictures_say(pictures, cells):
     before, after = pictures
     masks = block_masks(GRID, SHAPE)
-    matrix = torch.stack([block_change(before, after + block, masks) for block in range(6)], dim=1)  # [N, B, B]
+    matrix = torch.stack(
+        [block_change(before, after + block, masks) for block in range(6)], dim=1
+    )  # [N, B, B]
     inside, outside = split_influence(matrix, masks.sum(dim=(1, 2)), neighbours(GRID, cells))
     excluded = halo_masks(GRID, SHAPE, cells)
     for block in range(6):
         torch.testing.assert_close(inside[:, block], inside_change(before, after + block, masks[block]))
         if not excluded[block].all():
-            torch.testing.assert_close(outside[:, block], outside_change(before, after + block, excluded[block]))
+            torch.testing.assert_close(
+                outside[:, block], outside_change(before, after + block, excluded[block])
+            )
         else:
             assert outside[:, block].isnan().all()

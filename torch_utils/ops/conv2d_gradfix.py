@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Convolutions with gradients of any order, and the switch that says whether weight gradients are wanted.
 
-Autograd in today's PyTorch differentiates convolutions any number of times, and leaves out the weight gradient
-by itself where `torch.autograd.grad` is asked for other inputs only. So these are the plain functions, and the two
-flags are kept for the scripts and pickles that set them.
+Autograd in today's PyTorch differentiates convolutions any number of times, and leaves out the weight
+gradient by itself where `torch.autograd.grad` is asked for other inputs only. So these are the plain
+functions, and the two flags are kept for the scripts and pickles that set them.
 """
 
 import contextlib

@@ -11,10 +11,10 @@ def conv2d_resample(x, w, f=None, up=1, down=1, padding=0, groups=1, flip_weight
     """Up-samples x with the filter f, convolves it with w, down-samples the result with f.
 
     x: [N,C,H,W]. w: [O,C/groups,kh,kw] of x's dtype. f: see upfirdn2d.setup_filter; None for none.
-    up, down: ints >= 1. padding: as in upfirdn2d, counted on the up-sampled image, on top of what keeps the image
-    in place under f. flip_weight: True correlates (as torch does), False convolves; flip_filter likewise for f.
-    Returns [N,O,H',W'], H' = H*up/down for an odd kernel and padding (kh-1)/2. On a CPU, large images up-sample in
-    half the time when x is channels-last.
+    up, down: ints >= 1. padding: as in upfirdn2d, counted on the up-sampled image, on top of what keeps the
+    image in place under f. flip_weight: True correlates (as torch does), False convolves; flip_filter is the
+    same for f. Returns [N,O,H',W'], H' = H*up/down for an odd kernel and padding (kh-1)/2.
+    On a CPU, large images take half the time when x is channels-last.
     """
     assert isinstance(x, torch.Tensor) and x.ndim == 4, "x must be a tensor [N,C,H,W]"
     assert isinstance(w, torch.Tensor) and w.ndim == 4, "w must be a tensor [O,C/groups,kh,kw]"
@@ -71,15 +71,9 @@ def _conv_upsampled(x, w, up, pads, groups, flip_weight):
     w = w.flip([2, 3]) if flip_weight else w
     w = w.reshape(groups, out_per_group, in_per_group, height, width).transpose(1, 2)
     w = w.reshape(groups * in_per_group, out_per_group, height, width)
-    left = [
-        pads[0] - (width - 1),
-        pads[1] - (width - up),
-        pads[2] - (height - 1),
-        pads[3] - (height - up),
-    ]
-    crop = [
-        max(-max(left[:2]), 0),
-        max(-max(left[2:]), 0),
-    ]  # what the transposed convolution need not compute
-    x = conv2d_gradfix.conv_transpose2d(x, w, stride=up, padding=crop[::-1], groups=groups)
-    return x, [left[0] + crop[0], left[1] + crop[0], left[2] + crop[1], left[3] + crop[1]]
+    surplus = width - 1, width - up, height - 1, height - up
+    left = [n - m for n, m in zip(pads, surplus, strict=True)]
+    # What both sides would crop later, the transposed convolution need not compute.
+    crop_x, crop_y = max(-max(left[:2]), 0), max(-max(left[2:]), 0)
+    x = conv2d_gradfix.conv_transpose2d(x, w, stride=up, padding=[crop_y, crop_x], groups=groups)
+    return x, [n + m for n, m in zip(left, (crop_x, crop_x, crop_y, crop_y), strict=True)]

@@ -14,7 +14,8 @@ def setup_filter(f, device=_CPU, normalize=True, flip_filter=False, gain=1, sepa
     """Makes the filter tensor that the functions below take.
 
     f: numbers in zero, one or two dimensions, or None for the identity.
-    normalize: scale to a sum of 1. flip_filter: reverse every axis. gain: what filtering both axes multiplies by.
+    normalize: scale to a sum of 1. flip_filter: reverse every axis. gain: what filtering both axes multiplies
+    by, on top.
     separable: leave a 1-D filter 1-D, to be applied along x and then y; default: when it has 8 taps or more.
     Returns float32, [taps] or [height, width].
     """
@@ -52,9 +53,15 @@ def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1, impl="cu
             f"a filter of {taps} taps does not fit into {size * factor} + {pads[0]} + {pads[1]} pixels"
         )
     settings = up, down, padding, bool(flip_filter), float(gain)
+    samples, channels = x.shape[:2]
+    folded = _faster_folded(x)
+    if folded:
+        x = x.reshape(1, samples * channels, *x.shape[2:])
     if x.requires_grad and torch.is_grad_enabled():
-        return _Resample.apply(x, f, *settings)
-    return _resample(x, f, *settings)
+        x = _Resample.apply(x, f, *settings)
+    else:
+        x = _resample(x, f, *settings)
+    return x.reshape(samples, channels, *x.shape[2:]) if folded else x
 
 
 def filter2d(x, f, padding=0, flip_filter=False, gain=1, impl="cuda"):
@@ -82,7 +89,7 @@ def downsample2d(x, f, down=2, padding=0, flip_filter=False, gain=1, impl="cuda"
 
 def _parse_scaling(scaling):
     """int or [x, y] -> (x, y)."""
-    pair = (scaling, scaling) if isinstance(scaling, int) else tuple(scaling)
+    pair = tuple(scaling) if isinstance(scaling, list | tuple) else (scaling, scaling)
     accepted = len(pair) == 2 and all(isinstance(n, int) and n >= 1 for n in pair)
     assert accepted, f"scaling is {scaling!r}; accepted: a Python int >= 1 or a pair [x, y] of them"
     return pair
@@ -90,7 +97,7 @@ def _parse_scaling(scaling):
 
 def _parse_padding(padding):
     """int, [x, y] or [x_before, x_after, y_before, y_after] -> the latter."""
-    pads = (padding, padding) if isinstance(padding, int) else tuple(padding)
+    pads = tuple(padding) if isinstance(padding, list | tuple) else (padding, padding)
     if len(pads) == 2:
         pads = (pads[0], pads[0], pads[1], pads[1])
     accepted = len(pads) == 4 and all(isinstance(n, int) for n in pads)
@@ -153,20 +160,15 @@ def _resample(x, f, up, down, padding, flip_filter, gain):
         return padded * gain if padded is x or gain != 1 else padded
     if f is None:
         f = torch.ones([1, 1], device=x.device)
-    if gain != 1:
-        f = f * gain ** (f.ndim / 2)
-    f = f.to(x.dtype)
-    samples, channels = x.shape[:2]
-    folded = _faster_folded(x)
-    if folded:
-        x = x.reshape(1, samples * channels, *x.shape[2:])
+    scaled = f.to(torch.promote_types(f.dtype, x.dtype)) * gain if gain != 1 else f
+    f, scaled = f.to(x.dtype), scaled.to(x.dtype)
     pad_x, pad_y = _by_axis(padding)
     if f.ndim == 2:
-        x = _filter_pass(x, f, up, down, pad_x, pad_y, flip_filter)
+        x = _filter_pass(x, scaled, up, down, pad_x, pad_y, flip_filter)
     else:
-        x = _filter_pass(x, f[None, :], (up[0], 1), (down[0], 1), pad_x, (0, 0), flip_filter)
+        x = _filter_pass(x, scaled[None, :], (up[0], 1), (down[0], 1), pad_x, (0, 0), flip_filter)
         x = _filter_pass(x, f[:, None], (1, up[1]), (1, down[1]), (0, 0), pad_y, flip_filter)
-    return x.reshape(samples, channels, *x.shape[2:]) if folded else x
+    return x
 
 
 def _faster_folded(x):
@@ -180,8 +182,9 @@ def _faster_folded(x):
 def _filter_pass(x, f, up, down, pad_x, pad_y, flip_filter):
     """One filter [height,width] over every channel.
 
-    A depthwise convolution, transposed for up-sampling: the inserted zeros are never stored, and on a CPU it runs
-    at a copy's speed in channels-last; slices-and-adds, matrix products, two 1-D passes need 1.5 to 6 times that.
+    A depthwise convolution, transposed for up-sampling: the inserted zeros are never stored. On a CPU it runs
+    at a copy's speed in channels-last; slices-and-adds, matrix products or two 1-D passes take 1.5 to 6 times
+    as long.
     """
     channels, (height, width) = x.shape[1], f.shape
     if up == (1, 1):
@@ -191,7 +194,7 @@ def _filter_pass(x, f, up, down, pad_x, pad_y, flip_filter):
         weight = f.expand(channels, 1, height, width)
         return F.conv2d(x, weight, stride=down[::-1], padding=inner[::-1], groups=channels)
     f = f.flip([0, 1]) if flip_filter else f  # conv_transpose2d convolves
-    # It yields all positions where filter and image meet: taps-1 more than the image before it, taps-up after it.
+    # It yields all positions where filter and image meet: taps-1 more than the image before, taps-up after.
     crop_x = width - 1 - pad_x[0], width - up[0] - pad_x[1]
     crop_y = height - 1 - pad_y[0], height - up[1] - pad_y[1]
     inner = _common(crop_x), _common(crop_y)

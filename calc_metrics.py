@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluate a network snapshot with any of the registered metrics."""
+
+import os
+from pathlib import Path
+
+import click
+
+import dnnlib
+from dnnlib.plugins import PluginError, load_plugins
+from metrics import metric_main
+
+DATASET_CLASS = "training.dataset.ImageFolderDataset"
+DEMO_DATA = Path(__file__).resolve().parent / "demo" / "lorelei32.zip"
+EPILOG = """\b
+Examples:
+  python calc_metrics.py --network=runs/00000-faces/network-snapshot-000200.pkl --metrics=fid50k_full,ppl
+  python calc_metrics.py --network=demo/lorelei32.pkl --data=demo --metrics=fid5k,kid5k \\
+      --detector=efficientnet-lite0 --gpus=0
+"""
+
+
+class MetricNames(click.ParamType):
+    """'a,b,c' or 'none' -> list of names."""
+
+    name = "list"
+
+    def convert(self, value, param, ctx):
+        """The names; whether they exist is known only once the plug-ins are loaded."""
+        if isinstance(value, list):
+            return value
+        return [] if value.strip().lower() in ("", "none") else [name.strip() for name in value.split(",")]
+
+
+def print_metrics(ctx, _param, value):
+    """--list: the metrics, one a line, with what they are."""
+    if not value or ctx.resilient_parsing:
+        return
+    plug_in()
+    for name in metric_main.list_valid_metrics():
+        click.echo(f"{name:<14s} {metric_main.describe(name)}")
+    ctx.exit()
+
+
+def plug_in():
+    """Loads the plug-ins; their metrics join the registry."""
+    try:
+        load_plugins()
+    except PluginError as err:
+        raise click.ClickException(str(err)) from err
+
+
+@click.command(epilog=EPILOG)
+@click.option(
+    "--network", "network_pkl", metavar="PATH", required=True, help="Snapshot to evaluate: file or URL"
+)
+@click.option(
+    "--metrics",
+    type=MetricNames(),
+    default="fid50k_full",
+    show_default=True,
+    help="Comma-separated, or 'none'",
+)
+@click.option(
+    "--data", metavar="PATH", help="Folder or zip of real images, or 'demo'  [default: the snapshot's]"
+)
+@click.option("--mirror", type=bool, metavar="BOOL", help="Mirror the real images  [default: as trained]")
+@click.option("--gpus", type=int, default=1, show_default=True, metavar="INT", help="Processes; 0 = CPU")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--detector",
+    metavar="PATH|NAME",
+    help="Feature detector: folder with NVIDIA's files, a TorchScript file, or efficientnet-lite0, which"
+    " works offline; results of other detectors than NVIDIA's carry its name  [default: NVIDIA's, by URL]",
+)
+@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time")
+@click.option(
+    "--workers", type=click.IntRange(min=0), help="Processes that read images  [default: 3, 0 on CPU]"
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all random draws")
+@click.option(
+    "--verbose", type=bool, default=True, show_default=True, metavar="BOOL", help="Say what is done"
+)
+@click.option(
+    "--list", is_flag=True, is_eager=True, expose_value=False, callback=print_metrics, help="Show all metrics"
+)
+def calc_metrics(**options):
+    """Evaluate a snapshot: each result is printed as a line of JSON and, where the snapshot lies in its run
+    directory, appended to metric-NAME.jsonl there.
+
+    Every line also says what the numbers depend on: detector and sha256, counts, hash of the data, seed.
+    """
+    plug_in()
+    args = make_config(dnnlib.EasyDict(options))
+    show(args)
+    launch(args)
+
+
+# ----------------------------------------------------------------------------------------
+
+
+def make_config(o):
+    """What is to be run, from the command line's options; click.ClickException for what cannot be."""
+    for name in o.metrics:
+        if not metric_main.is_valid_metric(name):
+            valid = metric_main.list_valid_metrics()
+            raise click.ClickException(
+                "\n  ".join(["--metrics can only contain the following values:", *valid])
+            )
+    if o.gpus < 0:
+        raise click.ClickException("--gpus must be at least 1, or 0 for the CPU")
+    if not (os.path.isfile(o.network_pkl) or dnnlib.util.is_url(o.network_pkl, allow_file_urls=True)):
+        raise click.ClickException(f"--network must point to a file or URL, not {o.network_pkl}")
+    args = dnnlib.EasyDict(
+        {key: o[key] for key in ("network_pkl", "metrics", "detector", "batch", "workers", "seed", "verbose")}
+    )
+    args.num_gpus, args.device_type = choose_device(o.gpus, o.device)
+    args.run_dir = run_dir_of(o.network_pkl)
+    data = load_snapshot(o.network_pkl, o.verbose)
+    args.G = data["G_ema"]
+    args.dataset_kwargs = dataset_options(o, data.get("training_set_kwargs"), args.G)
+    return args
+
+
+def choose_device(gpus, device):
+    """(number of processes, 'cpu' or 'cuda') from --gpus and --device."""
+    import torch
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus == 0 and device == "cuda":
+        raise click.ClickException("--gpus=0 means the CPU; it contradicts --device=cuda")
+    if gpus == 0 or device == "cpu" or (device == "auto" and count == 0 and gpus == 1):
+        return max(gpus, 1), "cpu"
+    if gpus > count:
+        raise click.ClickException(
+            f"--gpus={gpus}: this machine has {count} CUDA devices; --gpus=0 uses the CPU"
+        )
+    return gpus, "cuda"
+
+
+def run_dir_of(network_pkl):
+    """The snapshot's folder, if that is a run directory: result lines go there."""
+    folder = os.path.dirname(os.path.abspath(network_pkl))
+    is_run = os.path.isfile(network_pkl) and os.path.isfile(os.path.join(folder, "training_options.json"))
+    return folder if is_run else None
+
+
+def load_snapshot(network_pkl, verbose):
+    """The snapshot's dict; click.ClickException, in one line, if it cannot be read."""
+    from training.snapshot import load_network_pkl
+
+    if verbose:
+        click.echo(f"Loading network from {network_pkl}...")
+    try:
+        return load_network_pkl(network_pkl)
+    except (OSError, ValueError) as err:
+        raise click.ClickException(f"--network: {err}") from err
+
+
+def dataset_options(o, from_snapshot, G):
+    """Options of the data set: those of --data, else the snapshot's; at the network's resolution."""
+    if o.data is not None:
+        path = str(DEMO_DATA) if o.data == "demo" else o.data
+        if not os.path.exists(path):
+            raise click.ClickException(f"--data: {path} is not there")
+        kwargs = dnnlib.EasyDict(class_name=DATASET_CLASS, path=path)
+    elif from_snapshot is not None:
+        kwargs = dnnlib.EasyDict(from_snapshot)
+    else:
+        raise click.ClickException("Could not look up dataset options; please specify --data")
+    kwargs.resolution = G.img_resolution
+    kwargs.use_labels = G.c_dim != 0
+    if o.mirror is not None:
+        kwargs.xflip = o.mirror
+    return kwargs
+
+
+def show(args):
+    """Says what will be measured, on what."""
+    if args.verbose:
+        device = f"{args.num_gpus} GPU(s)" if args.device_type == "cuda" else "CPU"
+        click.echo(
+            f"Metrics: {','.join(args.metrics) or 'none'}; detector: {args.detector or 'NVIDIA'}; {device}"
+        )
+        click.echo(f"Dataset options: {dict(args.dataset_kwargs)}")
+
+
+def launch(args):
+    """Runs the metrics in one process or several; click.ClickException for mistakes that show only now."""
+    from torch_utils import distributed
+
+    problem = metric_main.why_unavailable(args.metrics, args.detector)
+    if problem:
+        raise click.ClickException(problem)
+    try:
+        distributed.launch(work, args.num_gpus, (args,), device_type=args.device_type)
+    except (OSError, ValueError) as err:
+        raise click.ClickException(str(err)) from err
+
+
+def work(rank, args):
+    """What each process does: all metrics, one after the other, features shared between them."""
+    import torch
+
+    from metrics.metric_utils import ProgressMonitor
+
+    load_plugins()
+    cuda = args.device_type == "cuda"
+    if cuda:
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    G = args.G.eval().requires_grad_(False).to(device)
+    shared = {} if len(args.metrics) > 1 else None
+    for name in args.metrics:
+        if rank == 0 and args.verbose:
+            click.echo(f"Calculating {name}...")
+        result = metric_main.calc_metric(
+            metric=name,
+            G=G,
+            dataset_kwargs=args.dataset_kwargs,
+            num_gpus=args.num_gpus,
+            rank=rank,
+            device=device,
+            progress=ProgressMonitor(verbose=args.verbose),
+            detector=args.detector,
+            run_dir=args.run_dir,
+            batch_size=args.batch,
+            seed=args.seed,
+            num_workers=args.workers,
+            shared=shared,
+        )
+        if rank == 0:
+            metric_main.report_metric(result, run_dir=args.run_dir, snapshot_pkl=args.network_pkl)
+
+
+if __name__ == "__main__":
+    calc_metrics()

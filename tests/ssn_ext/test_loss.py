@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The distortion regulariser: unbiased against the full double sum, and absent at lambda 0."""
+
+import itertools
+
+import pytest
+import torch
+
+from ssn_ext import blocks, transfer
+from ssn_ext.loss import DistortionRegularizedLoss, NoiseReplay, estimate_distortion
+from ssn_ext.networks import SpatialGenerator
+from training.loss import StyleGAN2Loss
+from training.networks import Discriminator, Generator
+
+
+def tiny(grid=(2, 2), noise=0.0):
+    torch.manual_seed(0)
+    G = SpatialGenerator(
+        z_dim=2 * grid[0] * grid[1], c_dim=0, w_dim=4 * grid[0] * grid[1], img_resolution=8, img_channels=1,
+        latent_grid=list(grid), mapping_kwargs=dict(num_layers=1),
+        synthesis_kwargs=dict(channel_base=64, channel_max=8, encoder_kwargs=dict(channels=4)),
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, p in G.named_parameters():
+            if name.endswith("noise_strength"):
+                p.fill_(noise)
+            if "encoder_style" in name:
+                p.normal_()
+    return G.requires_grad_(False)
+
+
+def full_double_sum(G, z, fresh):
+    """eq. (2) of the paper over all ordered pairs of blocks, divided by B (B - 1), for each sample -> [N]."""
+    count = G.latent_grid[0] * G.latent_grid[1]
+    masks = blocks.block_masks(G.latent_grid, [8, 8])
+    before = G(z, None, noise_mode="none")
+    total = torch.zeros(len(z))
+    for a, b in itertools.permutations(range(count), 2):
+        after = G(blocks.replace_blocks(z, fresh, [a], G.latent_grid), None, noise_mode="none")
+        total += (after - before)[:, :, masks[b]].square().mean(dim=(1, 2))
+    return total / (count * (count - 1))
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_estimator_is_unbiased(num_blocks):
+    """Its mean over many draws agrees with the full double sum over as many pairs (z, z'), within 4 errors."""
+    G = tiny()
+    torch.manual_seed(1)
+    count = 6000
+    z, fresh = torch.randn(2, count, G.z_dim)
+    truth = full_double_sum(G, z, fresh)
+    c = torch.zeros(count, 0)
+    draws = estimate_distortion(G.mapping, G.synthesis, torch.randn(count, G.z_dim), c, num_blocks)
+    error = (truth.var() / count + draws.var() / count).sqrt()
+    assert abs(float(draws.mean() - truth.mean())) < 4 * float(error)
+    assert float(error) < 0.03 * float(truth.mean())  # sharp enough to notice a wrong divisor
+
+
+def test_both_pictures_share_the_noise():
+    """With noise, but a generator whose blocks are replaced by themselves, nothing may change."""
+    G = tiny(noise=1.0)
+    z, c = torch.randn(4, G.z_dim), torch.zeros(4, 0)
+    replay = NoiseReplay(torch.device("cpu"))
+    ws = G.mapping(z, c)
+    assert torch.equal(replay.run(G.synthesis, ws), replay.run(G.synthesis, ws))
+    assert not torch.equal(G.synthesis(ws), G.synthesis(ws))
+
+
+def test_gradients_flow_into_both_pictures():
+    """Finite differences of the estimate itself: a gradient that ignored one picture would be off."""
+    G = tiny()
+    z, c = torch.randn(8, G.z_dim), torch.zeros(8, 0)
+
+    def value():
+        torch.manual_seed(5)
+        return estimate_distortion(G.mapping, G.synthesis, z, c).mean()
+
+    p = G.synthesis.b8.conv1.weight
+    p.requires_grad_(True)
+    (grad,) = torch.autograd.grad(value(), p)
+    p.requires_grad_(False)
+    step = 1e-3 * grad / grad.norm()
+    values = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            p.add_(sign * step)
+            values.append(float(value()))
+            p.sub_(sign * step)
+    assert (values[0] - values[1]) / 2 == pytest.approx(float((grad * step).sum()), rel=0.02)
+
+
+def losses(lambda_d):
+    """(SSN loss, StyleGAN2 loss) on the same networks."""
+    torch.manual_seed(0)
+    G = Generator(8, 0, 8, 16, 3, mapping_kwargs=dict(num_layers=2), synthesis_kwargs=dict(channel_base=128, channel_max=16))
+    S = transfer.from_stylegan2(G).train()
+    D = Discriminator(c_dim=0, img_resolution=16, img_channels=3, channel_base=128, channel_max=16).requires_grad_(False)
+    nets = dict(device="cpu", G_mapping=S.mapping, G_synthesis=S.synthesis, D=D)
+    return DistortionRegularizedLoss(**nets, lambda_d=lambda_d), StyleGAN2Loss(**nets), S, D
+
+
+def test_lambda_0_is_the_stylegan2_loss():
+    """The same phases, and the same gradients in each."""
+    ours, theirs, S, D = losses(0)
+    assert ours.phase_rows(4, 16) == theirs.phase_rows(4, 16)
+    real = torch.randn(4, 3, 16, 16).clamp(-1, 1)
+    z, c = torch.randn(4, S.z_dim), torch.zeros(4, 0)
+    for phase, net in [("Gmain", S), ("Greg", S), ("Dmain", D), ("Dreg", D)]:
+        grads = []
+        for loss in [ours, theirs]:
+            net.requires_grad_(True).zero_grad()
+            torch.manual_seed(7)
+            loss.accumulate_gradients(phase, real, c, z, c, gain=2)
+            net.requires_grad_(False)
+            grads.append([None if p.grad is None else p.grad.clone() for p in net.parameters()])
+        for a, b in zip(*grads, strict=True):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_phase_row_and_weight():
+    ours, _theirs, S, _D = losses(30)
+    rows = ours.phase_rows(4, 16)
+    assert [row.name for row in rows] == ["Gmain", "Greg", "Gdist", "Dmain", "Dreg"]
+    z, c = torch.randn(6, S.z_dim), torch.zeros(6, 0)
+    grads = []
+    for weight, gain in [(30, 1), (10, 3)]:
+        ours.lambda_d = weight
+        S.requires_grad_(True).zero_grad()
+        torch.manual_seed(2)
+        ours.accumulate_gradients("Gdist", None, None, z, c, gain=gain)
+        S.requires_grad_(False)
+        grads.append(S.synthesis.b8.conv0.weight.grad.clone())
+    torch.testing.assert_close(grads[0], grads[1])
+    assert float(grads[0].abs().max()) > 0

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""resample.py end to end with a small network: what it writes, how one goes on, what it refuses."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import resample
+from ssn_ext.blocks import block_masks, replace_blocks
+from ssn_ext.networks import SpatialGenerator
+from torch_utils.images import read_image, to_uint8, write_png
+from training.snapshot import save_network_pkl
+
+GRID, RES = [2, 2], 16
+
+
+def network(path, seed=0, c_dim=0):
+    """Writes a snapshot of a small untrained generator and returns (path, generator)."""
+    torch.manual_seed(seed)
+    G = SpatialGenerator(
+        z_dim=32,
+        c_dim=c_dim,
+        w_dim=32,
+        img_resolution=RES,
+        img_channels=3,
+        latent_grid=GRID,
+        mapping_kwargs={"num_layers": 2},
+        synthesis_kwargs={"channel_base": 128, "channel_max": 8},
+    )
+    for module in G.modules():
+        if hasattr(module, "noise_strength"):
+            module.noise_strength.data.fill_(0.2)  # so that the noise modes differ
+    G = G.eval().requires_grad_(False)
+    save_network_pkl(path, G=G, D=torch.nn.Linear(1, 1), G_ema=G)
+    return path, G
+
+
+@pytest.fixture(scope="module")
+def snapshot(tmp_path_factory):
+    return network(str(tmp_path_factory.mktemp("network") / "ssn.pkl"))
+
+
+@pytest.fixture
+def run(snapshot, tmp_path, monkeypatch):
+    """Calls the script with its outdir in a fresh place and the small network; returns (folder, output)."""
+    monkeypatch.setattr(resample, "DEMO_NETWORK", snapshot[0])
+
+    def call(*args):
+        result = CliRunner().invoke(resample.main, [f"--outdir={tmp_path / 'out'}", "--device=cpu", *args])
+        assert result.exit_code == 0, result.output
+        written = [line.split()[1] for line in result.output.splitlines() if line.startswith("Wrote ")]
+        return pathlib.Path(written[0]), result.output
+
+    return call
+
+
+def record(folder, name="seed0000"):
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def latents(folder, name="seed0000"):
+    with np.load(folder / f"{name}.npz", allow_pickle=False) as arrays:
+        return {key: torch.from_numpy(arrays[key]) for key in arrays.files}
+
+
+def z_of(seed):
+    return torch.from_numpy(np.random.RandomState(seed).randn(1, 32))
+
+
+def pixels(images):
+    return to_uint8(images)[0].permute(1, 2, 0).numpy()
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_call_writes_what_the_network_says(snapshot, run):
+    G = snapshot[1]
+    folder, output = run("--blocks=1,2", "--candidates=3", "--numbering")
+    result = record(folder)
+    assert folder.name == "00000-blocks1_2" and [each["number"] for each in result["candidates"]] == [1, 2, 3]
+    before = G(z_of(0), None, noise_mode="const")
+    assert (read_image(folder / "seed0000-original.png") == pixels(before)).all()
+    masks = block_masks(GRID, [RES, RES])
+    for each in result["candidates"]:
+        z = replace_blocks(z_of(0), z_of(each["donor"]), [1, 2], GRID)
+        after = G(z, None, noise_mode="const")
+        assert np.abs(read_image(folder / each["image"]).astype(int) - pixels(after)).max() <= 1
+        square = (after.clamp(-1, 1) - before.clamp(-1, 1)).square().mean(dim=1)[0]
+        assert each["blocks"] == pytest.approx([square[mask].mean().item() for mask in masks], rel=1e-3)
+        assert each["inside"] == pytest.approx(square[masks[1] | masks[2]].mean().item(), rel=1e-3)
+        assert each["outside"] == pytest.approx(square[masks[0] | masks[3]].mean().item(), rel=1e-3)
+        assert each["ratio"] == pytest.approx(each["inside"] / each["outside"])
+        torch.testing.assert_close(latents(folder)["z"][each["number"]], z[0].float())
+    assert {"seed0000-grid.png", "seed0000-numbering.png"} <= {path.name for path in folder.iterdir()}
+    assert str(folder) in output and "--pick=1" in output
+    assert f"{result['candidates'][0]['outside']:.4f}" in output
+
+
+def test_an_edit_goes_on_from_a_candidate_and_keeps_its_history(snapshot, run):
+    first, _ = run("--blocks=0", "--seeds=0,7", "--candidates=2")
+    second, _ = run(f"--from={first}", "--pick=2", "--blocks=row1")
+    third, _ = run(f"--from={second / 'seed0007.json'}", "--pick=0", "--blocks=0")
+    assert second.name == "00001-row1-from00000-pick2"
+    assert third.name == "00002-blocks0-from00001-pick0"
+    for name in ("seed0000", "seed0007"):
+        assert (second / f"{name}-original.png").read_bytes() == (first / f"{name}-2.png").read_bytes()
+    assert (third / "seed0007-original.png").read_bytes() == (second / "seed0007-original.png").read_bytes()
+    assert not (third / "seed0000.json").exists()
+    history = record(third, "seed0007")["history"]
+    assert [step["pick"] for step in history] == [2, 0]
+    assert [(third / step["result"]).resolve() for step in history] == [
+        each / "seed0007.json" for each in (first, second)
+    ]
+    z = z_of(7)
+    for step in history:
+        if step["pick"]:
+            z = replace_blocks(z, z_of(step["donor"]), step["blocks"], GRID)
+    assert torch.equal(z.float(), latents(third, "seed0007")["z"][:1])
+    donors = {record(each, "seed0007")["candidates"][0]["donor"] for each in (first, second, third)}
+    assert len(donors) == 3  # going on draws anew, from the original too
+
+
+def test_earlier_work_is_kept_and_the_same_call_is_the_same_work(run):
+    first, _ = run("--blocks=3")
+    before = content(first)
+    others = [
+        run("--blocks=3", *more)[0] for more in (["--candidates=2"], ["--candidate-seed=1"], ["--trunc=0.5"])
+    ]
+    assert len({first, *others}) == 4 and content(first) == before
+    assert run("--blocks=3")[0] == first and content(first) == before
+    assert run("--blocks=3", "--seeds=4")[0] == first
+    assert {name: data for name, data in content(first).items() if "seed0000" in name} == before
+    few, many = record(others[0])["candidates"], record(first)["candidates"]
+    assert many[:2] == few
+    assert {each["donor"] for each in record(others[1])["candidates"]}.isdisjoint(
+        each["donor"] for each in many
+    )
+
+
+def test_all_blocks_swapped_one_call_after_the_other_give_the_other_seed(snapshot, run):
+    folder, _ = run("--blocks=0", "--swap=9")
+    for block in (3, 1, 2):
+        folder, _ = run(f"--from={folder}", "--pick=1", f"--blocks={block}", "--swap=9")
+    assert torch.equal(latents(folder)["ws"][1:], snapshot[1].mapping(z_of(9), None))
+    assert (
+        read_image(folder / "seed0000-1.png") == pixels(snapshot[1](z_of(9), None, noise_mode="const"))
+    ).all()
+
+
+def test_truncation_and_noise_are_passed_on(snapshot, run):
+    first, _ = run("--blocks=0", "--trunc=0.5", "--noise-mode=random", "--candidates=1")
+    again, _ = run(f"--from={first}", "--pick=1", "--blocks=1", "--candidates=1")
+    assert record(again)["settings"]["trunc"] == 0.5 and record(again)["settings"]["noise_mode"] == "random"
+    assert (again / "seed0000-original.png").read_bytes() == (first / "seed0000-1.png").read_bytes()
+    z = latents(again)["z"]
+    torch.testing.assert_close(latents(again)["ws"], snapshot[1].mapping(z, None, truncation_psi=0.5))
+
+
+def test_a_painted_mask_is_measured_itself(snapshot, run, tmp_path):
+    mask = np.zeros((RES, RES), dtype=np.uint8)
+    mask[2:5, 3:8] = 255
+    write_png(tmp_path / "Left eye.png", mask)
+    folder, _ = run(f"--mask={tmp_path / 'Left eye.png'}", "--candidates=1")
+    result = record(folder)
+    assert folder.name == "00000-mask-left_eye" and result["settings"]["blocks"] == [0]
+    before, after = snapshot[1].synthesis(latents(folder)["ws"], noise_mode="const").clamp(-1, 1)
+    square = (after - before).square().mean(dim=0).numpy()
+    assert result["candidates"][0]["inside"] == pytest.approx(square[mask > 0].mean(), rel=1e-3)
+    assert result["candidates"][0]["outside"] == pytest.approx(square[mask == 0].mean(), rel=1e-3)
+
+
+def test_projected_pictures_are_edited_and_go_on(snapshot, run, tmp_path):
+    ws = snapshot[1].mapping(torch.cat([z_of(1), z_of(2)]), None).numpy()
+    np.savez(tmp_path / "projected_w.npz", w=ws)
+    folder, _ = run(f"--projected-w={tmp_path / 'projected_w.npz'}", "--blocks=2", "--candidates=1")
+    assert sorted(latents(folder, "proj01")) == ["ws"]
+    again, _ = run(f"--from={folder}", "--pick=1", "--blocks=0", "--seeds=1")
+    assert (again / "proj01-original.png").read_bytes() == (folder / "proj01-1.png").read_bytes()
+    assert np.array_equal(latents(again, "proj01")["ws"][0, :, [0, 1, 3]], ws[1][:, [0, 1, 3]])
+
+
+def test_numbering_alone_writes_no_candidates_but_can_be_gone_on_from(run):
+    folder, output = run("--numbering", "--seeds=5")
+    assert record(folder, "seed0005")["candidates"] == [] and "--pick=1" not in output
+    assert not (folder / "seed0005-grid.png").exists()
+    again, _ = run(f"--from={folder}", "--pick=0", "--blocks=all", "--candidates=1")
+    change = record(again, "seed0005")["candidates"][0]
+    assert change["outside"] is None and change["ratio"] is None and change["inside"] > 0
+
+
+def test_nothing_in_the_folder_is_left_half_written(run):
+    folder, _ = run("--blocks=0", "--candidates=1")
+    assert {path.suffix for path in folder.iterdir()} == {".png", ".json", ".npz"}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "Say what to re-draw, as --blocks=5,6"),
+        (["--blocks=4"], "'4' is outside the 2x2 grid: blocks are 0 to 3"),
+        (["--blocks=eyes"], "Cannot read 'eyes' as blocks"),
+        (["--blocks=0", "--seeds=3-1"], "cannot read '3-1'"),
+        (["--blocks=0", "--seeds=x"], "cannot read 'x'"),
+        (["--blocks=0", "--seeds=4294967296"], "numbers below 2**32"),
+        (["--blocks=0", "--candidates=0"], "--candidates"),
+        (["--blocks=0", "--pick=1"], "--from and --pick go together"),
+        (["--blocks=0", "--swap=1", "--candidates=2"], "leave out --candidates"),
+        (["--numbering", "--swap=1"], "need --blocks or --mask"),
+        (["--blocks=0", "--class=1"], "unconditional"),
+        (["--blocks=0", "--network=missing.pkl"], "missing.pkl"),
+    ],
+)
+def test_mistakes_are_one_clear_line(run, tmp_path, args, message):
+    lines = fails(tmp_path, *args)
+    assert message in lines[-1] and lines[-1].startswith("Error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def fails(tmp_path, *args):
+    """The lines printed by a call that ends with a user error, not with an exception of ours."""
+    result = CliRunner().invoke(resample.main, [f"--outdir={tmp_path / 'out'}", *args])
+    assert result.exit_code in (1, 2) and isinstance(result.exception, SystemExit), result.output
+    return result.output.strip().splitlines()
+
+
+def test_wrong_files_are_named(run, tmp_path):
+    for name, data in {"text.pkl": b"no pickle", "text.json": b"{}", "broken.json": b"{"}.items():
+        (tmp_path / name).write_bytes(data)
+    save_network_pkl(tmp_path / "plain.pkl", **dict.fromkeys(["G", "D", "G_ema"], torch.nn.Linear(2, 2)))
+    for args, message in [
+        (["--network=" + str(tmp_path / "text.pkl")], "text.pkl"),
+        (["--network=" + str(tmp_path / "plain.pkl")], "no latent_grid"),
+        ([f"--from={tmp_path / 'text.json'}", "--pick=1"], "text.json is no result of resample.py"),
+        ([f"--from={tmp_path / 'broken.json'}", "--pick=1"], "Cannot read the result"),
+        ([f"--from={tmp_path / 'missing'}", "--pick=1"], "missing"),
+        ([f"--mask={tmp_path / 'text.json'}"], "--blocks and --mask"),
+        ([f"--projected-w={tmp_path / 'text.pkl'}"], "Cannot read the latents"),
+    ]:
+        lines = fails(tmp_path, "--blocks=0", *args)
+        assert lines[-1].startswith("Error: ") and message in lines[-1]
+    np.savez(tmp_path / "w.npz", w=np.zeros([1, 2, 3]))
+    assert (
+        "must hold 'w' of shape [n, "
+        in fails(tmp_path, "--blocks=0", f"--projected-w={tmp_path / 'w.npz'}")[-1]
+    )
+    write_png(tmp_path / "mask.png", np.zeros((RES, RES), dtype=np.uint8))
+    assert "covers no block" in fails(tmp_path, f"--mask={tmp_path / 'mask.png'}")[-1]
+    write_png(tmp_path / "mask.png", np.full((8, 4), 255, dtype=np.uint8))
+    assert (
+        "has 4x8 pixels, the network's pictures have 16x16"
+        in fails(tmp_path, f"--mask={tmp_path / 'mask.png'}")[-1]
+    )
+
+
+def test_going_on_from_the_wrong_place_is_refused(run, tmp_path):
+    folder, _ = run("--blocks=0", "--candidates=2")
+    onward = ["--blocks=1", f"--from={folder}"]
+    assert "it must be 0 (the original) or 1 to 2" in fails(tmp_path, *onward, "--pick=3")[-1]
+    assert "--from and --pick go together" in fails(tmp_path, *onward)[-1]
+    assert "has no seed 4, only 0" in fails(tmp_path, *onward, "--pick=1", "--seeds=4")[-1]
+    assert "was made with 1.0" in fails(tmp_path, *onward, "--pick=1", "--trunc=0.5")[-1]
+    assert str(folder) in fails(tmp_path, "--blocks=1", f"--from={folder.parent}", "--pick=1")[-1]
+    other, _ = network(str(tmp_path / "other.pkl"), seed=1)
+    line = fails(tmp_path, *onward, "--pick=1", f"--network={other}")[-1]
+    assert "is of another network" in line and "ssn.pkl" in line and "other.pkl" in line
+    (folder / "seed0000.npz").write_bytes(b"cut")
+    assert "Cannot read the latents" in fails(tmp_path, *onward, "--pick=1")[-1]
+
+
+def test_conditional_networks_need_a_class_and_pass_it_on(run, tmp_path):
+    path, G = network(str(tmp_path / "cond.pkl"), c_dim=3)
+    assert "must be 0 to 2, not None" in fails(tmp_path, "--blocks=0", f"--network={path}")[-1]
+    first, _ = run("--blocks=0", f"--network={path}", "--class=2", "--candidates=1")
+    again, _ = run("--blocks=1", f"--from={first}", "--pick=1", "--candidates=1")
+    ws = G.mapping(latents(again)["z"], torch.eye(3)[[2, 2]])
+    torch.testing.assert_close(latents(again)["ws"], ws)
+
+
+def test_help_does_not_wait_for_pytorch():
+    code = "import resample, sys; print('torch' in sys.modules)"
+    root = pathlib.Path(resample.__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "False"
