@@ -65,7 +65,7 @@ def _options(command):
         opt("--gpus", help="Processes, one per GPU; 0 trains on the CPU", type=click.IntRange(min=0), default=1, show_default=True),
         opt("--device", help="Where to train", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
         opt("--snap", help="Snapshot interval in ticks  [default: 50, laptop: 10]", type=int, metavar="TICKS"),
-        opt("--metrics", help="Comma-separated metrics run at each snapshot, or 'none'", type=CommaList(), default="none", show_default=True),
+        opt("--metrics", help="Comma-separated metrics run at each snapshot, or 'none'  [default: fid50k_full, laptop: none]", type=CommaList()),
         opt("--detector", help="Detector of the metrics: a local path, or efficientnet-lite0  [default: the metric's own]", metavar="NAME"),
         opt("--seed", help="Random seed", type=int, default=0, show_default=True, metavar="INT"),
         opt("-n", "--dry-run", help="Print the options and exit", is_flag=True),

@@ -137,8 +137,7 @@ class EfficientNetLite0(torch.nn.Module):
 def _unit_channels(x, eps=1e-10):
     """Features of unit length everywhere, scaled so that squared distances are means over positions."""
     x = x * torch.rsqrt(x.square().sum(dim=1, keepdim=True) + eps)  # [N, C, H, W]
-    return
-    x.flatten(1) / math.sqrt(x.shape[2] * x.shape[3])  # [N, C*H*W]
+    return x.flatten(1) / math.sqrt(x.shape[2] * x.shape[3])  # [N, C*H*W]
 
 
 def load(path, device, input_size):

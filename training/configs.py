@@ -92,8 +92,7 @@ def laptop(c, opts):
     for kwargs in [c.G_kwargs.synthesis_kwargs, c.D_kwargs]:
         kwargs.update(channel_max=96, num_fp16_res=0)
         kwargs.pop("conv_clamp")
-    c.update(kimg_per_tick=1, image_snapshot_ticks=10, network_snapshot_ticks=10)
-    c.ada_kimg = 100
+    c.update(kimg_per_tick=1, image_snapshot_ticks=10, network_snapshot_ticks=10, ada_kimg=100, metrics=[])
 
 
 def apply_row(c, *, ref_gpus, kimg, mb, mbstd, fmaps, lrate, gamma, ema, ramp, map):
@@ -139,7 +138,7 @@ def make_config(opts):
     c = dnnlib.EasyDict()
     c.num_gpus = max(opts.gpus, 1)
     c.image_snapshot_ticks = c.network_snapshot_ticks = 50
-    c.metrics = opts.metrics or []
+    c.metrics = ["fid50k_full"]
     c.metric_kwargs = dnnlib.EasyDict({} if opts.detector is None else {"detector": opts.detector})
     c.random_seed = opts.seed
     c.device = opts.device if opts.gpus else "cpu"
@@ -151,6 +150,8 @@ def make_config(opts):
         raise ConfigError(f"--cfg={opts.cfg} is not known; there are {', '.join(CONFIGS.names())}")
     CONFIGS.resolve(opts.cfg)(c, opts)
     desc += [opts.cfg + (str(c.num_gpus) if opts.cfg == "auto" else "")]
+    if opts.metrics is not None:
+        c.metrics = list(opts.metrics)
     desc += _overrides(c, opts)
     desc += _augment(c, opts)
     desc += _resume(c, opts)

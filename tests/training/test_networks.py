@@ -198,7 +198,9 @@ def test_seeded_discriminator(architecture, c_dim, count, expected):
 @pytest.mark.parametrize("resolution, expected", [(4, 2), (16, 6), (1024, 18)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_number_of_ws(resolution, expected, architecture):
-    net = networks.SynthesisNetwork(4, resolution, 3, channel_base=1024, channel_max=1, architecture=architecture)
+    net = networks.SynthesisNetwork(
+        4, resolution, 3, channel_base=1024, channel_max=1, architecture=architecture
+    )
     assert net.num_ws == expected
     assert net.block_resolutions == [2**i for i in range(2, int(math.log2(resolution)) + 1)]
 
@@ -261,7 +263,12 @@ def test_mapping_of_labels_only():
 def test_mapping_widths():
     net = networks.MappingNetwork(3, 5, 7, num_ws=2, num_layers=3, embed_features=4, layer_features=6)
     shapes = {name: tuple(p.shape) for name, p in net.named_parameters() if name.endswith("weight")}
-    assert shapes == {"embed.weight": (4, 5), "fc0.weight": (6, 7), "fc1.weight": (6, 6), "fc2.weight": (7, 6)}
+    assert shapes == {
+        "embed.weight": (4, 5),
+        "fc0.weight": (6, 7),
+        "fc1.weight": (6, 6),
+        "fc2.weight": (7, 6),
+    }
     with pytest.raises(AssertionError):
         net(torch.randn(2, 4), torch.eye(5)[:2])
 
@@ -282,7 +289,9 @@ def test_normalize_2nd_moment():
 @pytest.mark.parametrize("bias", [True, False])
 def test_fully_connected_layer(activation, bias):
     torch.manual_seed(0)
-    net = networks.FullyConnectedLayer(6, 4, bias=bias, activation=activation, lr_multiplier=0.01, bias_init=2)
+    net = networks.FullyConnectedLayer(
+        6, 4, bias=bias, activation=activation, lr_multiplier=0.01, bias_init=2
+    )
     x = torch.randn(5, 6)
     y = x @ net.weight.t() * (0.01 / math.sqrt(6))
     if bias:
@@ -378,13 +387,17 @@ def test_block_attributes(architecture):
     assert [b.num_conv for b in (b4, b8, b16)] == [1, 2, 2]
     assert [b.is_last for b in (b4, b8, b16)] == [False, False, True]
     assert hasattr(b8, "skip") == (architecture == "resnet") and not hasattr(b4, "skip")
-    assert [D.b16.num_layers, D.b8.num_layers] == {"skip": [3, 3], "resnet": [4, 3], "orig": [3, 2]}[architecture]
+    assert [D.b16.num_layers, D.b8.num_layers] == {"skip": [3, 3], "resnet": [4, 3], "orig": [3, 2]}[
+        architecture
+    ]
     assert (G.z_dim, G.c_dim, G.w_dim, G.img_resolution, G.img_channels, G.num_ws) == (16, 0, 16, 16, 3, 6)
     assert G.mapping.num_ws == 6 and D.block_resolutions == [16, 8]
 
 
 def test_block_filter_goes_to_the_resampling_layers_only():
-    net = networks.SynthesisNetwork(4, 8, 3, channel_base=16, resample_filter=[1, 2, 1], architecture="resnet")
+    net = networks.SynthesisNetwork(
+        4, 8, 3, channel_base=16, resample_filter=[1, 2, 1], architecture="resnet"
+    )
     shapes = {name: tuple(b.shape) for name, b in net.b8.named_buffers() if name.endswith("resample_filter")}
     assert shapes == {
         "resample_filter": (3, 3),
@@ -462,7 +475,7 @@ def test_fused_equals_shared_to_second_derivatives(up, demodulate):
 @pytest.mark.parametrize("fused_modconv", [True, False])
 @pytest.mark.parametrize("up, demodulate", [(1, True), (2, True), (1, False)])
 def test_gradients_of_modulated_conv(up, demodulate, fused_modconv):
-    t = conv_tensors(num=2, in_channels=2, out_channels=1, size=2)
+    t = conv_tensors(num=2, in_channels=2, out_channels=2, size=2)
     f = upfirdn2d.setup_filter([1, 3, 3, 1])
     noise = torch.randn(2, 1, 2 * up, 2 * up, dtype=torch.float64)
     inputs = [v.requires_grad_() for v in (t["x"], t["weight"], t["styles"], noise)]
@@ -553,7 +566,9 @@ def test_half_precision_options_do_not_change_results_without_cuda(architecture)
     config = dict(img_resolution=16, img_channels=3)
     synthesis = dict(channel_base=128, channel_max=32, architecture=architecture)
     torch.manual_seed(0)
-    G = networks.Generator(16, 0, 16, **config, mapping_kwargs={}, synthesis_kwargs=dict(synthesis, **options))
+    G = networks.Generator(
+        16, 0, 16, **config, mapping_kwargs={}, synthesis_kwargs=dict(synthesis, **options)
+    )
     torch.manual_seed(0)
     plain = networks.Generator(16, 0, 16, **config, synthesis_kwargs=synthesis)
     assert [getattr(G.synthesis, f"b{r}").use_fp16 for r in (4, 8, 16)] == [False, True, True]

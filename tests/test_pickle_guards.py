@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes into a pickle must open elsewhere: rules for the modules whose source travels along, and proof.
+
+A checkout of the family knows none of our packages but brings its own dnnlib and torch_utils, runs Python 3.7 or
+later, and executes the module source that the pickle holds.
+"""
+
+import ast
+import importlib
+import os
+import pickle
+import pickletools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# The modules whose source goes into pickles.
+MODULES = ["training/networks.py", "training/augment.py", "ssn_ext/networks.py"]
+
+# What every checkout of the family has: name -> arguments that may be passed by keyword (None: not a function).
+OUTSIDE = {
+    "dnnlib": {"EasyDict": None, "util": None, "make_cache_dir_path": set()},
+    "misc": {
+        "assert_shape": {"tensor", "ref_shape"},
+        "constant": {"value", "shape", "dtype", "device", "memory_format"},
+        "nan_to_num": {"input", "nan", "posinf", "neginf", "out"},
+        "suppress_tracer_warnings": set(),
+        "profiled_function": set(),
+        "params_and_buffers": {"module"},
+        "named_params_and_buffers": {"module"},
+        "copy_params_and_buffers": {"src_module", "dst_module", "require_all"},
+    },
+    "persistence": {"persistent_class": set()},
+    "bias_act": {
+        "bias_act": {"x", "b", "dim", "act", "alpha", "gain", "clamp", "impl"},
+        "activation_funcs": None,
+    },
+    "upfirdn2d": {
+        "setup_filter": {"f", "device", "normalize", "flip_filter", "gain", "separable"},
+        "upfirdn2d": {"x", "f", "up", "down", "padding", "flip_filter", "gain", "impl"},
+        "filter2d": {"x", "f", "padding", "flip_filter", "gain", "impl"},
+        "upsample2d": {"x", "f", "up", "padding", "flip_filter", "gain", "impl"},
+        "downsample2d": {"x", "f", "down", "padding", "flip_filter", "gain", "impl"},
+    },
+    "conv2d_resample": {
+        "conv2d_resample": {"x", "w", "f", "up", "down", "padding", "groups", "flip_weight", "flip_filter"},
+    },
+    "conv2d_gradfix": {
+        "conv2d": {"input", "weight", "bias", "stride", "padding", "dilation", "groups"},
+        "conv_transpose2d": {
+            *("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+        },
+        "no_weight_gradients": set(),
+    },
+    "grid_sample_gradfix": {"grid_sample": {"input", "grid"}},
+    "fma": {"fma": {"a", "b", "c"}},
+}
+PACKAGES = {
+    "torch_utils": {"misc", "persistence"},
+    "torch_utils.ops": set(OUTSIDE) - {"dnnlib", "misc", "persistence"},
+}
+WHOLE = {"dnnlib", "numpy", "scipy", "torch"} | set(sys.stdlib_module_names)
+NEWER_THAN_37 = {
+    "math": {"prod", "dist", "comb", "perm", "isqrt", "lcm", "hypot", "cbrt", "exp2"},
+    "functools": {"cache"},
+}
+
+
+def broken_rules(source):
+    """Yields one line for each place of a module's source that would not run elsewhere."""
+    tree = ast.parse(source, feature_version=(3, 7))
+    optional = {id(node) for node in tree.body if _is_optional_import(node)}
+    skipped = {id(inner) for node in tree.body if id(node) in optional for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if id(node) not in skipped:
+            for complaint in _complaints(node):
+                yield f"line {node.lineno}: {complaint}"
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            for complaint in _class_complaints(node):
+                yield f"line {node.lineno}: {complaint}"
+
+
+def _is_optional_import(node):
+    """try: from torch_utils.ops import ours / except ImportError: ours = None; exactly this form."""
+    if not isinstance(node, ast.Try) or len(node.body) != 1 or len(node.handlers) != 1:
+        return False
+    names = [alias.name for alias in getattr(node.body[0], "names", [])]
+    expected = f"try:\n    from torch_utils.ops import {', '.join(names)}\nexcept ImportError:\n    "
+    expected += " = ".join(names) + " = None"
+    return ast.unparse(node) == expected
+
+
+def _complaints(node):
+    if isinstance(node, ast.Import):
+        for alias in node.names:
+            if alias.name.split(".")[0] not in WHOLE or alias.name.startswith("dnnlib."):
+                yield f"import {alias.name}"
+    elif isinstance(node, ast.ImportFrom):
+        for alias in node.names:
+            allowed = node.module in ("numpy", "scipy", "torch") or node.module in sys.stdlib_module_names
+            allowed = allowed or alias.name in PACKAGES.get(node.module, ())
+            if node.level or not allowed or alias.asname:
+                yield f"from {'.' * node.level}{node.module or ''} import {alias.name}"
+    elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+        module, name = node.value.id, node.attr
+        if module in OUTSIDE and name not in OUTSIDE[module] or name in NEWER_THAN_37.get(module, ()):
+            yield f"{module}.{name}"
+    elif isinstance(node, ast.Call):
+        yield from _call_complaints(node)
+    elif isinstance(node, ast.AnnAssign) or isinstance(node, ast.arg) and node.annotation:
+        yield "an annotation"
+    elif isinstance(node, ast.Name) and node.id == "__slots__":
+        yield "__slots__"
+    elif isinstance(node, ast.Name) and node.id == "__file__":
+        yield "__file__ does not exist there"
+
+
+def _call_complaints(node):
+    given = {keyword.arg for keyword in node.keywords}
+    if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
+        known = OUTSIDE.get(node.func.value.id, {}).get(node.func.attr)
+        if known is not None and given - known - {None}:
+            yield f"{ast.unparse(node.func)} has no argument {sorted(given - known - {None})}"
+    if isinstance(node.func, ast.Name) and node.func.id == "zip" and "strict" in given:
+        yield "zip(strict=)"
+
+
+def _class_complaints(node):
+    bases = [ast.unparse(base) for base in node.bases]
+    if bases == ["torch.autograd.Function"]:
+        return
+    if bases != ["torch.nn.Module"]:
+        yield f"class {node.name} derives from {bases}"
+    if [ast.unparse(d) for d in node.decorator_list] != ["persistence.persistent_class"]:
+        yield f"class {node.name} is not persistent"
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_module_keeps_the_rules(path):
+    assert list(broken_rules((ROOT / path).read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import training",
+        "import training.networks",
+        "from training import networks",
+        "from . import networks",
+        "from torch_utils import training_stats",
+        "from torch_utils.ops import filtered_lrelu",
+        "from torch_utils.ops import fma as multiply_add",
+        "from dnnlib.util import open_url",
+        "from torch_utils import misc\nmisc.print_module_summary(1)",
+        "from torch_utils.ops import conv2d_gradfix\nconv2d_gradfix.no_weight_gradients(disable=True)",
+        "def f():\n    import ssn_ext",
+        "try:\n    from torch_utils.ops import ours\nexcept Exception:\n    ours = None",
+        "import torch\nclass Helper(torch.nn.Module):\n    pass",
+        "from torch_utils import persistence\n@persistence.persistent_class\nclass Net(networks.Generator):\n    pass",
+        "import math\nmath.prod([1])",
+        "def f(x: int):\n    pass",
+        "zip([], [], strict=True)",
+        "class A(torch.autograd.Function):\n    __slots__ = ()",
+    ],
+)
+def test_rules_are_able_to_fail(source):
+    assert len(list(broken_rules(source))) == 1
+
+
+@pytest.mark.parametrize(
+    "source", ["(n := 1)", "def f(x, /):\n    pass", "f'{1=}'", "match 1:\n    case 1:\n        pass"]
+)
+def test_newer_syntax_is_refused(source):
+    with pytest.raises(SyntaxError):
+        list(broken_rules(source))
+
+
+def test_optional_fast_path_is_allowed_in_its_one_form():
+    source = "try:\n    from torch_utils.ops import ours\nexcept ImportError:\n    ours = None"
+    assert list(broken_rules(source)) == []
+
+
+# ----------------------------------------------------------------------------
+# Proof: objects of these modules, opened where only dnnlib and torch_utils exist.
+
+SMALL = dict(img_resolution=16, img_channels=3)
+WIDTHS = dict(channel_base=128, channel_max=16)
+GENERATOR = dict(c_dim=0, **SMALL, mapping_kwargs=dict(num_layers=2), synthesis_kwargs=WIDTHS)
+PIPE = dict.fromkeys(
+    ["xflip", "rotate90", "xint", "scale", "rotate", "aniso", "xfrac", "brightness", "cutout"], 1
+)
+
+# name: module, class, constructor arguments, shape of the input, arguments of the call
+OBJECTS = {
+    "G": (
+        "training.networks",
+        "Generator",
+        dict(GENERATOR, z_dim=8, w_dim=8),
+        [2, 8],
+        dict(c=None, noise_mode="const"),
+    ),
+    "D": (
+        "training.networks",
+        "Discriminator",
+        dict(c_dim=0, **SMALL, **WIDTHS),
+        [4, 3, 16, 16],
+        dict(c=None),
+    ),
+    "augment": ("training.augment", "AugmentPipe", PIPE, [2, 3, 16, 16], {}),
+    "SSN": (
+        "ssn_ext.networks",
+        "SpatialGenerator",
+        dict(GENERATOR, z_dim=32, w_dim=32, latent_grid=[2, 2]),
+        [2, 32],
+        dict(c=None, noise_mode="const"),
+    ),
+}
+
+GLOBALS = {
+    "torch_utils.persistence _reconstruct_persistent_obj",
+    "collections OrderedDict",
+    "torch._utils _rebuild_parameter",
+    "torch._utils _rebuild_tensor_v2",
+    "torch.storage _load_from_bytes",
+    "dnnlib.util EasyDict",
+}
+
+# Opens a pickle with nothing of this project but what lies below the folder of argument 1, and runs it.
+ELSEWHERE = """
+import pickle, sys
+root, network, call, result = sys.argv[1:]
+sys.path.insert(0, root)
+import numpy as np, torch
+with open(call, 'rb') as f:
+    x, kwargs, threads = pickle.load(f)
+torch.set_num_threads(threads)
+with open(network, 'rb') as f:
+    net = pickle.load(f)
+assert 'training' not in sys.modules and 'ssn_ext' not in sys.modules
+torch.manual_seed(1)
+with torch.no_grad():
+    out = net(torch.as_tensor(x), **kwargs)
+np.save(result, out.numpy())
+"""
+
+
+@pytest.fixture(params=OBJECTS)
+def sample(request):
+    """(object, its pickle, input, arguments of the call, what it returns)"""
+    module, name, options, shape, kwargs = OBJECTS[request.param]
+    torch.manual_seed(0)
+    net = getattr(importlib.import_module(module), name)(**options).eval()
+    x = torch.randn(shape)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        out = net(x, **kwargs).numpy()
+    return net, pickle.dumps(net, protocol=4), x.numpy(), kwargs, out
+
+
+def globals_of(data):
+    """Names of the classes and functions that a pickle asks for: 'module name'."""
+    strings, found = [], set()
+    memo = {}
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name == "GLOBAL":
+            found.add(argument)
+        elif opcode.name == "STACK_GLOBAL":
+            found.add(" ".join(strings[-2:]))
+        elif opcode.name == "MEMOIZE":
+            memo[len(memo)] = strings[-1] if strings else None
+        elif opcode.name in ("BINGET", "LONG_BINGET"):
+            strings.append(memo[argument])
+        elif isinstance(argument, str):
+            strings.append(argument)
+    return found
+
+
+def test_pickle_asks_for_nothing_of_ours(sample):
+    _, data, *_ = sample
+    found = globals_of(data)
+    assert "torch_utils.persistence _reconstruct_persistent_obj" in found
+    assert found <= GLOBALS
+
+
+def test_globals_are_found():
+    data = pickle.dumps([np.float64(1), Path("a"), ast.AST], protocol=4)
+    assert {"numpy dtype", "_ast AST"} <= globals_of(data) or {"numpy dtype", "ast AST"} <= globals_of(data)
+    assert not globals_of(data) <= GLOBALS
+
+
+def run_elsewhere(root, sample, folder):
+    """Runs the pickled sample in a fresh process whose path holds `root` in place of this project."""
+    _, data, x, kwargs, _ = sample
+    (folder / "network.pkl").write_bytes(data)
+    (folder / "call.pkl").write_bytes(pickle.dumps((x, kwargs, torch.get_num_threads()), protocol=4))
+    files = [folder / name for name in ("network.pkl", "call.pkl", "result.npy")]
+    command = [sys.executable, "-I", "-c", ELSEWHERE, str(root), *map(str, files)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return np.load(files[2])
+
+
+def test_pickle_gives_the_same_result_without_this_project(sample, tmp_path):
+    root = tmp_path / "elsewhere"
+    for package in ["dnnlib", "torch_utils"]:
+        shutil.copytree(ROOT / package, root / package, ignore=shutil.ignore_patterns("__pycache__"))
+    result = run_elsewhere(root, sample, tmp_path)
+    assert np.array_equal(result, sample[-1])  # bit for bit
+
+
+@pytest.mark.reference
+@pytest.mark.skipif("REFERENCE_CHECKOUTS" not in os.environ, reason="REFERENCE_CHECKOUTS names no checkout")
+def test_pickle_opens_in_a_reference_checkout(sample, tmp_path):
+    """REFERENCE_CHECKOUTS: paths of untouched stylegan2-ada-pytorch or stylegan3 trees, joined like PATH."""
+    for root in os.environ["REFERENCE_CHECKOUTS"].split(os.pathsep):
+        result = run_elsewhere(root, sample, tmp_path)
+        assert np.abs(result - sample[-1]).max() <= 1e-4 * sample[-1].std()
