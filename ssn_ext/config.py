@@ -11,10 +11,11 @@ FROM_DATA = ["c_dim", "img_resolution", "img_channels"]
 
 
 def ssn(c, opts):
-    """Spatially Stochastic Network: StyleGAN2 with a grid of independent latents and a penalty on far-reaching edits.
+    """Spatially Stochastic Network: StyleGAN2 with a grid of independent latents and a penalty on
+    far-reaching edits.
 
-    Widths, depth, architecture and clamp are those of the --resume file; without one, the paper row of the resolution
-    (below 256: laptop).
+    Widths, depth, architecture and clamp are those of the --resume file; without one, the paper row of the
+    resolution (below 256: laptop).
     """
     resolution = c.training_set_kwargs.resolution
     rows = {256: configs.paper256, 512: configs.paper512, 1024: configs.paper1024}
@@ -49,7 +50,8 @@ def parse_grid(text):
 
 
 def widths_of(source, c, grid):
-    """(constructor arguments of a plain generator, grid) from the networks of a snapshot; sets c.D_kwargs likewise.
+    """(constructor arguments of a plain generator, grid) from the networks of a snapshot; sets c.D_kwargs
+    likewise.
 
     grid: the one asked for, or None for that of a spatial source, else 4x4.
     """

@@ -31,8 +31,14 @@ class ChangeMaps(Hook):
         G, device = run.G_ema, run.device
         count = G.latent_grid[0] * G.latent_grid[1]
         shown = list(range(0, count, max(count // 16, 1)))[:16]
-        pictures = resampling.resample_each(G, self.z.to(device), self.c.to(device), self.fresh.to(device), shown)
-        pictures = [to_uint8(each).permute(0, 2, 3, 1).cpu().numpy() for each in pictures]  # [N, H, W, C] each
+        pictures = resampling.resample_each(
+            G, self.z.to(device), self.c.to(device), self.fresh.to(device), shown
+        )
+        pictures = [
+            to_uint8(each).permute(0, 2, 3, 1).cpu().numpy() for each in pictures
+        ]  # [N, H, W, C] each
         before, after = pictures[0], pictures[1:]
-        sheet = figures.change_sheet(list(before), [[step[n] for step in after] for n in range(PICTURES)], shown, G.latent_grid)
+        sheet = figures.change_sheet(
+            list(before), [[step[n] for step in after] for n in range(PICTURES)], shown, G.latent_grid
+        )
         write_png(self.path(f"changes{run.counters.nimg // 1000:06d}.png"), sheet)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SSN loss: StyleGAN2's and lambda_d times the distortion regulariser R_D, one more term and one more phase."""
+"""The SSN loss: StyleGAN2's and lambda_d times the distortion regulariser R_D, one more term and one more
+phase."""
 
 import torch
 
@@ -11,10 +12,11 @@ from training.loss import PhaseRow, StyleGAN2Loss
 class DistortionRegularizedLoss(StyleGAN2Loss):
     """StyleGAN2's loss + lambda_d * R_D, eq. (2) of the SSN paper on the scale of DESIGN's D4.
 
-    R_D = E sum_a sum_{b != a} MSE(g(z)_b, g(z^a)_b) / (B (B - 1)) over pictures in [-1, 1] that are not clamped, where
-    z^a is z with block a drawn anew. It is estimated without bias: per sample one uniform block a (dist_blocks of
-    them, averaged), the same noise in both pictures, no style mixing. The phase runs every dist_interval iterations on
-    1/dist_batch_shrink of the batch, weighted by the interval; at lambda_d = 0 there is no such phase.
+    R_D = E sum_a sum_{b != a} MSE(g(z)_b, g(z^a)_b) / (B (B - 1)) over pictures in [-1, 1] that are not
+    clamped, where z^a is z with block a drawn anew. It is estimated without bias: per sample one uniform
+    block a (dist_blocks of them, averaged), the same noise in both pictures, no style mixing. The phase runs
+    every dist_interval iterations on 1/dist_batch_shrink of the batch, weighted by the interval; at lambda_d
+    = 0 there is no such phase.
     """
 
     TERMS = {**StyleGAN2Loss.TERMS, "Gdist": ["distortion"]}
@@ -44,8 +46,9 @@ class DistortionRegularizedLoss(StyleGAN2Loss):
 
 
 def estimate_distortion(G_mapping, G_synthesis, z, c, num_blocks=1):
-    """One unbiased draw of R_D per sample -> [N]: MSE outside a random block a of g(z) and g(z^a), `num_blocks` draws
-    averaged. z [N, z_dim]; a is drawn before z', and both before the noise, which all pictures share."""
+    """One unbiased draw of R_D per sample -> [N]: MSE outside a random block a of g(z) and g(z^a),
+    `num_blocks` draws averaged. z [N, z_dim]; a is drawn before z', and both before the noise, which all
+    pictures share."""
     grid = G_mapping.latent_grid
     ws = G_mapping(z, c, skip_w_avg_update=True)
     picks = torch.randint(grid[0] * grid[1], [num_blocks, z.shape[0]], device=z.device)
@@ -61,7 +64,8 @@ def estimate_distortion(G_mapping, G_synthesis, z, c, num_blocks=1):
 
 
 class NoiseReplay:
-    """Runs functions from one and the same state of the device's random numbers, so that they draw the same noise."""
+    """Runs functions from one and the same state of the device's random numbers, so that they draw the same
+    noise."""
 
     def __init__(self, device):
         self.get, self.set = torch.get_rng_state, torch.set_rng_state

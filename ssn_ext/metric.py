@@ -6,87 +6,170 @@ import os
 import numpy as np
 import torch
 
-import dnnlib
+from metrics import detectors, metric_utils
 from ssn_ext import blocks, distortion, figures, floor, resampling
-from ssn_ext.resampling import check_network
 from torch_utils.images import to_float, write_png
 
 NUM_LATENTS = 1024
+NUM_PERCEPTUAL = 64  # latents whose edits are also compared by a detector: 2 * B + 1 passes each
 NUM_PICTURES = 4096  # generated pictures from which a generator's own covariance is estimated
+NUM_REAL = 12000  # real pictures from which the data's covariance is estimated, at most
+FLOOR_RESOLUTION = 64  # the covariance of larger pictures does not fit
 
 
 def ldbr_dist(opts):
-    """Expected distortion outside a re-drawn block (MSE, pictures clamped to [-1, 1]), with change inside and influence.
+    """Expected distortion outside a re-drawn block (MSE, pictures in [-1, 1]), with the change inside it.
 
-    G_ema, constant noise, NUM_LATENTS latents x every block; standard errors are clustered by latent. Results:
-    ldbr_dist and its _stderr; _inside (diversity) and _stderr; _locality = inside / outside; _nohalo (blocks next to the
-    re-drawn one left out); _influence, the blocks x blocks matrix: row a, re-drawn block, column b, changed pixels.
+    G_ema, constant noise, NUM_LATENTS latents x every block; standard errors are clustered by latent.
+    Results: ldbr_dist and _stderr; _inside (diversity) and its _stderr; _locality = inside / outside;
+    _nohalo (the blocks next to the re-drawn one left out); with --detector also both in its perceptual
+    distance; _influence, the blocks x blocks matrix (row: block re-drawn, column: pixels changed), which is
+    also drawn into influence.png of the run directory.
     """
-    matrices = influence_samples(opts, NUM_LATENTS).numpy()  # [N, B, B]
+    G = prepared(opts)
+    if opts.rank != 0:
+        return {}
+    matrices = influence_samples(opts, G, NUM_LATENTS).numpy()  # [N, B, B]
+    result = summarise_influence(matrices, G.latent_grid, [G.img_resolution] * 2)
+    if opts.detector is not None:
+        result.update(perceptual_changes(opts, G, NUM_PERCEPTUAL))
+    opts.details.update(num_latents=NUM_LATENTS, noise_mode="const")
     if opts.run_dir is not None and os.path.isdir(opts.run_dir):
-        picture = figures.influence_picture(matrices.mean(axis=0), opts.G.latent_grid)
+        picture = figures.influence_picture(matrices.mean(axis=0), G.latent_grid)
         write_png(os.path.join(opts.run_dir, "influence.png"), picture)
-    return summarise_influence(matrices, opts.G.latent_grid, opts.G.img_resolution)
+    return result
 
 
-def influence_samples(opts, count):
-    """Influence matrices [N, B, B] of `count` random latents; labels are drawn from the data set where there are any."""
-    G = opts.G
-    check_network(G)
-    device = opts.device
-    rnd = torch.Generator().manual_seed(opts.seed)
-    progress = opts.progress.sub(tag="ldbr_dist", num_items=count)
-    dataset = dnnlib.util.construct_class_by_name(**opts.dataset_kwargs) if G.c_dim else None
+def ldbr_floor(opts):
+    """Least distortion that the data's covariance allows, and the generator's own: DESIGN section 6.
+
+    Results: ldbr_floor (of the data) and _lower (its certified lower bound), ldbr_floor_own (of the
+    generator's covariance), _efficiency = own floor / distortion, _kept = share of the data's covariance that
+    the generator kept, _distortion and _inside as ldbr_dist gives them. docs/limit.md explains them.
+    """
+    G = prepared(opts)
+    if G.img_resolution > FLOOR_RESOLUTION:
+        raise ValueError(
+            f"ldbr_floor works up to {FLOOR_RESOLUTION} pixels a side, not {G.img_resolution}: the covariance"
+            " of all pixels is needed whole"
+        )
+    if opts.rank != 0:
+        return {}
+    masks = blocks.block_masks(G.latent_grid, [G.img_resolution] * 2)
+    data, made = dataset_pixels(opts), generated_pixels(opts)
+    of_data = floor.ldbr_floor(samples=data, masks=masks, progress=reporter(opts, "floor of the data"))
+    own = floor.ldbr_floor(samples=made, masks=masks, progress=reporter(opts, "own floor"))
+    matrices = influence_samples(opts, G, NUM_LATENTS).numpy()
+    change = summarise_influence(matrices, G.latent_grid, [G.img_resolution] * 2)
+    opts.details.update(num_latents=NUM_LATENTS, num_real=len(data), num_gen=len(made), noise_mode="const")
+    return {
+        "ldbr_floor": of_data.floor,
+        "ldbr_floor_lower": of_data.lower_bound,
+        "ldbr_floor_own": own.floor,
+        "ldbr_floor_efficiency": floor.efficiency(own.floor, change["ldbr_dist"]),
+        "ldbr_floor_kept": floor.kept_covariance(samples_generator=made, samples_data=data),
+        "ldbr_floor_distortion": change["ldbr_dist"],
+        "ldbr_floor_inside": change["ldbr_dist_inside"],
+    }
+
+
+def prepared(opts):
+    """The generator to measure, on the device; ValueError where it has no grid of latents."""
+    resampling.check_network(opts.G)
+    return metric_utils.copy_of_generator(opts)
+
+
+def reporter(opts, title):
+    """A progress function for ldbr_floor."""
+    monitor = opts.progress.sub(tag=title, flush_interval=1)
+    return lambda iteration, _floor, _bound: monitor.update(iteration)
+
+
+def latent_pairs(opts, count, size=16):
+    """Yields (z, fresh, c) of at most `size` samples, `count` in all, each from (seed, number) alone."""
+    dataset = metric_utils.label_dataset(opts)
+    labels = 0 if dataset is None else len(dataset)
+    for numbers in metric_utils.chunks(range(count), size):
+        z, _t, picks = metric_utils.latents(opts, numbers, count=2, num_labels=labels)
+        z = z.to(opts.device)
+        yield z[:, 0], z[:, 1], metric_utils.labels_for(opts, dataset, picks)[:, 0]
+
+
+def influence_samples(opts, G, count):
+    """Influence matrices [N, B, B] of `count` random latents."""
+    progress = opts.progress.sub(tag="influence", num_items=count, flush_interval=256)
     parts = []
-    for start in range(0, count, 16):
-        size = min(16, count - start)
-        z, fresh = torch.randn([2, size, G.z_dim], generator=rnd).to(device)
-        c = None
-        if dataset is not None:
-            picks = torch.randint(len(dataset), [size], generator=rnd).tolist()
-            c = torch.from_numpy(np.stack([dataset.get_label(i) for i in picks])).to(device)
+    for z, fresh, c in latent_pairs(opts, count):
         parts.append(resampling.influence(G, z, c, fresh).cpu())
-        progress.update(start + size)
+        progress.update(sum(map(len, parts)))
     return torch.cat(parts)
 
 
-def summarise_influence(matrices, grid, resolution):
-    """The results of ldbr_dist from influence matrices [N, B, B] of square pictures of `resolution` pixels a side."""
-    matrices = torch.from_numpy(np.asarray(matrices, dtype=np.float64))
-    sizes = blocks.block_masks(grid, [resolution, resolution]).sum(dim=(1, 2))
+def summarise_influence(matrices, grid, shape):
+    """The results of ldbr_dist from influence matrices [N, B, B] of pictures of `shape` (H, W)."""
+    matrices = torch.as_tensor(matrices, dtype=torch.float64)
+    sizes = blocks.block_masks(grid, shape).sum(dim=(1, 2))
     inside, outside = distortion.split_influence(matrices, sizes, blocks.neighbours(grid, cells=0))  # [N, B]
-    near = blocks.neighbours(grid, cells=1)
     result = {}
     for key, values in [("ldbr_dist", outside), ("ldbr_dist_inside", inside)]:
         per_latent = values.mean(dim=1)  # the blocks of one latent are not independent of each other
         result[key] = float(per_latent.mean())
         result[f"{key}_stderr"] = float(per_latent.std() / len(per_latent) ** 0.5)
     result["ldbr_dist_locality"] = result["ldbr_dist_inside"] / max(result["ldbr_dist"], 1e-12)
+    near = blocks.neighbours(grid, cells=1)
     if not bool(near.all()):  # a 2x2 grid has nothing beyond its neighbours
-        far = distortion.split_influence(matrices, sizes, near)[1]  # NaN for a block that is near all the others
+        far = distortion.split_influence(matrices, sizes, near)[1]  # NaN for a block that is near all others
         result["ldbr_dist_nohalo"] = float(far.nanmean())
     result["ldbr_dist_influence"] = matrices.mean(dim=0).tolist()
     return result
 
 
-def ldbr_floor(opts):
-    """The least distortion that any generator of the data's covariance can have, and of this generator's own covariance.
+@torch.no_grad()
+def perceptual_changes(opts, G, count):
+    """Change outside and inside a re-drawn block in the detector's perceptual distance, with standard errors.
 
-    DESIGN section 6. Results: ldbr_floor (of the data), ldbr_floor_own (of the generator), ldbr_floor_efficiency =
-    own floor / ldbr_dist, ldbr_floor_kept = share of the data's covariance that the generator kept.
+    Outside: between g(z) and g(z^a) with block a pasted back; inside: between g(z) and g(z) with block a of
+    g(z^a) pasted in.
     """
-    G = opts.G
-    check_network(G)
-    masks = blocks.block_masks(G.latent_grid, [G.img_resolution] * 2).numpy()
-    data = dataset_pixels(opts.dataset_kwargs)
-    made = generated_pixels(opts, NUM_PICTURES)
-    of_data = floor.ldbr_floor(samples=data, masks=masks)
-    own = floor.ldbr_floor(samples=made, masks=masks)
-    reached = summarise_influence(influence_samples(opts, NUM_LATENTS).numpy(), G.latent_grid, G.img_resolution)["ldbr_dist"]
-    return {
-        "ldbr_floor": of_data.floor,
-        "ldbr_floor_own": own.floor,
-        "ldbr_floor_efficiency": floor.efficiency(own.floor, reached),
-        "ldbr_floor_kept": floor.kept_covariance(samples_generator=made, samples_data=data),
-        "ldbr_floor_distortion": reached,
-    }
+    source = detectors.choose("vgg16", opts.detector)
+    detector = metric_utils.open_detector(opts, source.source)
+    masks = blocks.block_masks(G.latent_grid, [G.img_resolution] * 2, device=opts.device)
+    progress = opts.progress.sub(tag="perceptual", num_items=count, flush_interval=16)
+    values = {"outside": [], "inside": []}
+    for z, fresh, c in latent_pairs(opts, count):
+        pictures = (each.clamp(-1, 1) for each in resampling.resample_each(G, z, c, fresh))
+        before = next(pictures)
+        changes = {"outside": [], "inside": []}
+        for mask, after in zip(masks, pictures, strict=True):
+            for key, pasted in [("outside", mask), ("inside", ~mask)]:
+                mixed = torch.where(pasted, before, after)
+                changes[key].append(detectors.perceptual_distance(detector, before, mixed).cpu())
+        for key, each in changes.items():
+            values[key].append(torch.stack(each).mean(dim=0))  # mean over blocks, [N]
+        progress.update(sum(map(len, values["inside"])))
+    result = {}
+    for key, parts in values.items():
+        samples = torch.cat(parts).double()
+        name = detectors.result_name(f"ldbr_dist_perceptual_{key}", source)
+        result[name] = float(samples.mean())
+        result[f"{name}_stderr"] = float(samples.std() / len(samples) ** 0.5)
+    return result
+
+
+def dataset_pixels(opts):
+    """Real pictures [N, C, H, W] in [-1, 1], the first NUM_REAL at most."""
+    dataset = metric_utils.open_dataset(opts)
+    count = min(len(dataset), NUM_REAL)
+    return to_float(torch.from_numpy(np.stack([dataset[i][0] for i in range(count)])))
+
+
+def generated_pixels(opts):
+    """NUM_PICTURES generated pictures [N, C, H, W], clamped to [-1, 1], with constant noise as in ldbr_dist."""
+    G = metric_utils.copy_of_generator(opts)
+    pictures = []
+    progress = opts.progress.sub(tag="generated", num_items=NUM_PICTURES, flush_interval=1024)
+    with torch.no_grad():
+        for z, _fresh, c in latent_pairs(opts, NUM_PICTURES, size=64):
+            pictures.append(G(z, c, noise_mode="const").clamp(-1, 1).cpu())
+            progress.update(sum(map(len, pictures)))
+    return torch.cat(pictures)

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The generator of Spatially Stochastic Networks (SSN): StyleGAN2 with a grid of independent latent blocks.
 
-Persistent classes: the source of this module travels inside every pickle, so it is self-contained (it needs dnnlib
-and torch_utils only, also those of NVIDIA's checkouts), reads under Python 3.7 and holds plain Python state. Its layers
-resemble training/networks.py for that reason; a test holds that a 1x1 grid equals the plain generator.
+Persistent classes: the source of this module travels inside every pickle, so it is self-contained (it needs
+dnnlib and torch_utils only, also those of NVIDIA's checkouts), reads under Python 3.7 and holds plain Python
+state. Its layers resemble training/networks.py for that reason; a test holds that a 1x1 grid equals the plain
+generator.
 
-Flat at the boundary, spatial inside: for a grid of h x w blocks with C channels each, z_dim and w_dim are C*h*w, and a
-latent [N, C*h*w] is [N, C, h, w] seen as one axis (channel-major). Shapes: N samples, I/O/C channels, R resolution.
+Flat at the boundary, spatial inside: for a grid of h x w blocks with C channels each, z_dim and w_dim are
+C*h*w, and a latent [N, C*h*w] is [N, C, h, w] seen as one axis (channel-major). Shapes: N samples, I/O/C
+channels, R resolution.
 """
 
 # The mutable defaults below are part of the public signatures and are never written to.
@@ -31,8 +33,9 @@ def normalize_2nd_moment(x, dim=1, eps=1e-8):
 
 
 def resize(x, height, width):
-    """Resizes maps [N,C,h,w] -> [N,C,height,width], axis by axis: bilinear with clamped borders where the result is
-    finer, an area average where it is coarser. The weights of every result sum to one, so that constant maps stay."""
+    """Resizes maps [N,C,h,w] -> [N,C,height,width], axis by axis: bilinear with clamped borders where the
+    result is finer, an area average where it is coarser. The weights of every result sum to one, so that
+    constant maps stay."""
     h, w = x.shape[2], x.shape[3]
     if height < h or width < w:
         x = torch.nn.functional.adaptive_avg_pool2d(x, [min(h, height), min(w, width)])
@@ -47,7 +50,8 @@ def spatially_modulated_conv2d(
     """out = (weight * (styles . x)) / sigma(weight, styles): eq. (1) of the SSN paper, '*' a convolution.
 
     x [N,I,H,W], weight [O,I,k,k], styles [N,I,H,W]; noise, broadcastable to the result, is added; returns
-    [N,O,H*up,W*up] of x's dtype. demodulation: None (sigma = 1), or the borders of eq. (14), see `expected_variance`.
+    [N,O,H*up,W*up] of x's dtype. demodulation: None (sigma = 1), or the borders of eq. (14), see
+    `expected_variance`.
     """
     assert styles.shape == x.shape, (styles.shape, x.shape)
     scale = None
@@ -71,12 +75,14 @@ def spatially_modulated_conv2d(
 
 
 def expected_variance(weight, styles, borders="circular", flip_weight=True):
-    """sigma^2 [N,O] of eq. (14): the mean over positions of weight^2 * styles^2, weight [O,I,k,k], styles [N,I,H,W].
+    """sigma^2 [N,O] of eq. (14): the mean over positions of weight^2 * styles^2, weight [O,I,k,k], styles
+    [N,I,H,W].
 
-    It is the expected variance of weight * (styles . h) for independent h of zero mean and unit variance; always that
-    of the stride-1 convolution on the layer's input. With circular borders every tap sees every position, so that
-    sigma^2 = sum_i (sum of the taps' squares) * mean styles^2, StyleGAN2's value for constant styles. With
-    'zero_padded' ones a tap that is off the centre misses the rows and columns that its shift moves out.
+    It is the expected variance of weight * (styles . h) for independent h of zero mean and unit variance;
+    always that of the stride-1 convolution on the layer's input. With circular borders every tap sees every
+    position, so that sigma^2 = sum_i (sum of the taps' squares) * mean styles^2, StyleGAN2's value for
+    constant styles. With 'zero_padded' ones a tap that is off the centre misses the rows and columns that its
+    shift moves out.
     """
     energy = styles.float().square()
     squares = weight.float().square()
@@ -98,7 +104,8 @@ def expected_variance(weight, styles, borders="circular", flip_weight=True):
 
 
 def _rescale_for_half(weight, styles):
-    """Factors that demodulation cancels again: one per output channel and one per sample, against overflow."""
+    """Factors that demodulation cancels again: one per output channel and one per sample, against
+    overflow."""
     peak = weight.abs().flatten(1).max(dim=1)[0] * math.sqrt(weight[0].numel())  # [O]
     return weight / peak.reshape(-1, 1, 1, 1), styles / styles.abs().flatten(1).max(dim=1)[0].reshape(
         -1, 1, 1, 1
@@ -113,15 +120,25 @@ def _rescale_for_half(weight, styles):
 class PointwiseLayer(torch.nn.Module):
     """A fully connected layer applied at every position, as a 1x1 convolution: [N,I,h,w] -> [N,O,h,w].
 
-    activation((weight * weight_gain) x + bias * bias_gain); its tensors are those of StyleGAN2's fully connected layer.
+    activation((weight * weight_gain) x + bias * bias_gain); its tensors are those of StyleGAN2's fully
+    connected layer.
     """
 
     def __init__(
-        self, in_features, out_features, bias=True, activation="linear", lr_multiplier=1, weight_init=1, bias_init=0
+        self,
+        in_features,
+        out_features,
+        bias=True,
+        activation="linear",
+        lr_multiplier=1,
+        weight_init=1,
+        bias_init=0,
     ):
         super().__init__()
         self.activation = activation
-        self.weight = torch.nn.Parameter(torch.randn([out_features, in_features]) * (weight_init / lr_multiplier))
+        self.weight = torch.nn.Parameter(
+            torch.randn([out_features, in_features]) * (weight_init / lr_multiplier)
+        )
         self.bias = torch.nn.Parameter(torch.full([out_features], float(bias_init))) if bias else None
         self.weight_gain = lr_multiplier / math.sqrt(in_features)
         self.bias_gain = lr_multiplier
@@ -136,7 +153,8 @@ class PointwiseLayer(torch.nn.Module):
 
 @persistence.persistent_class
 class ConvLayer(torch.nn.Module):
-    """Plain convolution, optionally up-sampling, with optional bias and activation: [N,I,H,W] -> [N,O,H*up,W*up]."""
+    """Plain convolution, optionally up-sampling, with optional bias and activation: [N,I,H,W] ->
+    [N,O,H*up,W*up]."""
 
     def __init__(
         self,
@@ -172,10 +190,12 @@ class ConvLayer(torch.nn.Module):
 
 @persistence.persistent_class
 class SpatialMappingNetwork(torch.nn.Module):
-    """StyleGAN2's mapping, the same one for every block: flat z [N,z_dim] (or [N,C,h,w]) -> ws [N,num_ws,w_dim].
+    """StyleGAN2's mapping, the same one for every block: flat z [N,z_dim] (or [N,C,h,w]) -> ws
+    [N,num_ws,w_dim].
 
-    Every block's z and the embedded label are normalised and concatenated, then pass `num_layers` 1x1 convolutions.
-    In training mode `w_avg` [w_dim] tracks the mean over samples and blocks, the same vector in every block.
+    Every block's z and the embedded label are normalised and concatenated, then pass `num_layers` 1x1
+    convolutions. In training mode `w_avg` [w_dim] tracks the mean over samples and blocks, the same vector in
+    every block.
     """
 
     def __init__(
@@ -217,7 +237,8 @@ class SpatialMappingNetwork(torch.nn.Module):
     def forward(self, z, c, truncation_psi=1, truncation_cutoff=None, skip_w_avg_update=False):
         """z of any float type, c [N,c_dim] (may be None if c_dim is 0) -> float32 ws [N,num_ws,w_dim].
 
-        truncation_psi: 1 leaves w alone, 0 gives w_avg; truncation_cutoff: only the first so many of the num_ws.
+        truncation_psi: 1 leaves w alone, 0 gives w_avg; truncation_cutoff: only the first so many of the
+        num_ws.
         """
         x = normalize_2nd_moment(self._spatial(z))
         if self.c_dim > 0:
@@ -242,10 +263,12 @@ class SpatialMappingNetwork(torch.nn.Module):
 
 @persistence.persistent_class
 class SpatialEncoder(torch.nn.Module):
-    """Features of the neighbourhood of every position: w map [N,C,h,w] -> [N,O,r,r], e_rho = convs(upsample_rho(R w)).
+    """Features of the neighbourhood of every position: w map [N,C,h,w] -> [N,O,r,r], e_rho =
+    convs(upsample_rho(R w)).
 
-    One branch per resolution; r = min(resolution, max_resolution). `out_features` (None: as many as `channels`) adds
-    a last 1x1 projection without activation, for the paper's layout, where the encoded map takes the place of w.
+    One branch per resolution; r = min(resolution, max_resolution). `out_features` (None: as many as
+    `channels`) adds a last 1x1 projection without activation, for the paper's layout, where the encoded map
+    takes the place of w.
     """
 
     def __init__(
@@ -277,9 +300,9 @@ class SpatialEncoder(torch.nn.Module):
 def style_map(affine, correction, w, e, size):
     """The style map [N,I,size,size] of a layer: s = upsample(W w + b) + upsample(Q e).
 
-    affine: the layer's W, b; correction: its Q, or None. w [N,C,h,w] at the grid; e: encoder features, or None. Where
-    there are features but no Q, they stand in for w (the paper's layout): s = upsample(W e + b). The resizing commutes
-    with the 1x1 projections, which therefore work on the small maps.
+    affine: the layer's W, b; correction: its Q, or None. w [N,C,h,w] at the grid; e: encoder features, or
+    None. Where there are features but no Q, they stand in for w (the paper's layout): s = upsample(W e + b).
+    The resizing commutes with the 1x1 projections, which therefore work on the small maps.
     """
     if correction is None:
         return resize(affine(w if e is None else e), size, size)
@@ -296,7 +319,8 @@ def _correction(encoder_init, channels, in_channels):
 class SpatialSynthesisLayer(torch.nn.Module):
     """Spatially modulated 3x3 convolution with noise, bias and activation: x [N,I,R/up,R/up] -> [N,O,R,R].
 
-    Its tensors are those of StyleGAN2's layer, and `encoder_style`, the projection Q of the encoder's features.
+    Its tensors are those of StyleGAN2's layer, and `encoder_style`, the projection Q of the encoder's
+    features.
     """
 
     def __init__(
@@ -326,7 +350,8 @@ class SpatialSynthesisLayer(torch.nn.Module):
         return torch.randn(shape, device=x.device) * self.noise_strength
 
     def forward(self, x, w, e, noise_mode="random", gain=1):
-        """x [N,I,R/up,R/up], w [N,C,h,w], e [N,E,r,r] or None -> [N,O,R,R]. noise_mode: 'random', 'const', 'none'."""
+        """x [N,I,R/up,R/up], w [N,C,h,w], e [N,E,r,r] or None -> [N,O,R,R]. noise_mode: 'random', 'const',
+        'none'."""
         assert noise_mode in ("random", "const", "none"), noise_mode
         side = self.resolution // self.up
         misc.assert_shape(x, [None, self.weight.shape[1], side, side])
@@ -336,15 +361,25 @@ class SpatialSynthesisLayer(torch.nn.Module):
             flip_weight=self.up == 1,
         )  # fmt: skip
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
-        return bias_act.bias_act(x, self.bias.to(x.dtype), act=self.activation, gain=self.act_gain * gain, clamp=clamp)
+        return bias_act.bias_act(
+            x, self.bias.to(x.dtype), act=self.activation, gain=self.act_gain * gain, clamp=clamp
+        )
 
 
 @persistence.persistent_class
 class SpatialToRGBLayer(torch.nn.Module):
-    """Spatially modulated 1x1 convolution to the picture's channels, without demodulation: [N,I,R,R] -> [N,O,R,R]."""
+    """Spatially modulated 1x1 convolution to the picture's channels, without demodulation: [N,I,R,R] ->
+    [N,O,R,R]."""
 
     def __init__(
-        self, in_channels, out_channels, w_dim, kernel_size=1, conv_clamp=None, encoder_init="exact", encoder_channels=128
+        self,
+        in_channels,
+        out_channels,
+        w_dim,
+        kernel_size=1,
+        conv_clamp=None,
+        encoder_init="exact",
+        encoder_channels=128,
     ):
         super().__init__()
         self.conv_clamp, self.padding = conv_clamp, kernel_size // 2
@@ -377,7 +412,12 @@ class SpatialSynthesisBlock(torch.nn.Module):
         assert architecture in ("orig", "skip", "resnet"), architecture
         assert encoder_init in ("exact", "random", "none"), encoder_init
         super().__init__()
-        self.in_channels, self.w_dim, self.resolution, self.img_channels = in_channels, w_dim, resolution, img_channels
+        self.in_channels, self.w_dim, self.resolution, self.img_channels = (
+            in_channels,
+            w_dim,
+            resolution,
+            img_channels,
+        )
         self.is_last, self.architecture, self.use_fp16 = is_last, architecture, use_fp16
         self.channels_last = use_fp16 and fp16_channels_last
         self.register_buffer("resample_filter", upfirdn2d.setup_filter(resample_filter))
@@ -392,19 +432,31 @@ class SpatialSynthesisBlock(torch.nn.Module):
             self.const = torch.nn.Parameter(torch.randn([out_channels, resolution, resolution]))
         else:
             self.conv0 = SpatialSynthesisLayer(
-                in_channels, out_channels, w_dim, resolution, up=2, resample_filter=resample_filter, **shared, **layer_kwargs
+                in_channels,
+                out_channels,
+                w_dim,
+                resolution,
+                up=2,
+                resample_filter=resample_filter,
+                **shared,
+                **layer_kwargs,
             )
             self.num_conv += 1
-        self.conv1 = SpatialSynthesisLayer(out_channels, out_channels, w_dim, resolution, **shared, **layer_kwargs)
+        self.conv1 = SpatialSynthesisLayer(
+            out_channels, out_channels, w_dim, resolution, **shared, **layer_kwargs
+        )
         self.num_conv += 1
         if is_last or architecture == "skip":
             self.torgb = SpatialToRGBLayer(out_channels, img_channels, w_dim, **shared)
             self.num_torgb += 1
         if in_channels != 0 and architecture == "resnet":
-            self.skip = ConvLayer(in_channels, out_channels, 1, bias=False, up=2, resample_filter=resample_filter)
+            self.skip = ConvLayer(
+                in_channels, out_channels, 1, bias=False, up=2, resample_filter=resample_filter
+            )
 
     def forward(self, x, img, e, ws, force_fp32=False, **layer_kwargs):
-        """x [N,I,R/2,R/2] (None in the first block), img [N,C,R/2,R/2] or None, ws: one map per layer [N,C,h,w]."""
+        """x [N,I,R/2,R/2] (None in the first block), img [N,C,R/2,R/2] or None, ws: one map per layer
+        [N,C,h,w]."""
         w_iter = iter(ws)
         half = self.use_fp16 and not force_fp32 and ws[0].device.type == "cuda"
         dtype = torch.float16 if half else torch.float32
@@ -435,15 +487,18 @@ class SpatialSynthesisBlock(torch.nn.Module):
 class SpatialSynthesisNetwork(torch.nn.Module):
     """ws [N,num_ws,w_dim] -> pictures [N,img_channels,R,R], nominally in [-1,1]; blocks b4, b8, ..., b{R}.
 
-    encoder_init: 'exact' starts as the StyleGAN2 that the other tensors are from, 'random' is the paper's start,
-    'none' leaves the encoder out. encoder_kwargs: options of SpatialEncoder. demodulation: see `expected_variance`.
+    encoder_init: 'exact' starts as the StyleGAN2 that the other tensors are from, 'random' is the paper's
+    start, 'none' leaves the encoder out. encoder_kwargs: options of SpatialEncoder. demodulation: see
+    `expected_variance`.
     """
 
     def __init__(
         self, w_dim, img_resolution, img_channels, latent_grid=[4, 4], channel_base=32768, channel_max=512, num_fp16_res=0,
         **block_kwargs
     ):  # fmt: skip
-        assert img_resolution >= 4 and img_resolution & (img_resolution - 1) == 0, "resolution must be a power of two"
+        assert img_resolution >= 4 and img_resolution & (img_resolution - 1) == 0, (
+            "resolution must be a power of two"
+        )
         super().__init__()
         self.w_dim, self.img_resolution, self.img_channels = w_dim, img_resolution, img_channels
         self.latent_grid = [int(side) for side in latent_grid]
@@ -464,8 +519,8 @@ class SpatialSynthesisNetwork(torch.nn.Module):
             in_channels = out_channels
 
     def forward(self, ws, noise_mode="random", force_fp32=False, fused_modconv=None):
-        """ws [N,num_ws,w_dim] -> float32 [N,img_channels,R,R]. `fused_modconv` is accepted and has no meaning here:
-        a style that varies in space cannot be folded into the weights."""
+        """ws [N,num_ws,w_dim] -> float32 [N,img_channels,R,R]. `fused_modconv` is accepted and has no meaning
+        here: a style that varies in space cannot be folded into the weights."""
         misc.assert_shape(ws, [None, self.num_ws, self.w_dim])
         ws = ws.to(torch.float32).reshape([ws.shape[0], self.num_ws, -1] + self.latent_grid).unbind(dim=1)
         x = img = e = None
@@ -480,28 +535,49 @@ class SpatialSynthesisNetwork(torch.nn.Module):
 
 @persistence.persistent_class
 class SpatialGenerator(torch.nn.Module):
-    """Spatially Stochastic Network: flat z [N,z_dim] -> pictures; independent latent blocks on `latent_grid` = [h, w].
+    """Spatially Stochastic Network: flat z [N,z_dim] -> pictures; independent latent blocks on `latent_grid`
+    = [h, w].
 
-    z_dim and w_dim are totals over the blocks (512 channels on 4x4: 8192). Sampling, style mixing, truncation, path
-    length and projection of the StyleGAN2 family work on it unchanged; code that wants the grid asks for `latent_grid`.
+    z_dim and w_dim are totals over the blocks (512 channels on 4x4: 8192). Sampling, style mixing,
+    truncation, path length and projection of the StyleGAN2 family work on it unchanged; code that wants the
+    grid asks for `latent_grid`.
     """
 
     def __init__(
-        self, z_dim, c_dim, w_dim, img_resolution, img_channels, latent_grid=[4, 4], mapping_kwargs={}, synthesis_kwargs={}
+        self,
+        z_dim,
+        c_dim,
+        w_dim,
+        img_resolution,
+        img_channels,
+        latent_grid=[4, 4],
+        mapping_kwargs={},
+        synthesis_kwargs={},
     ):
         super().__init__()
         blocks = latent_grid[0] * latent_grid[1]
-        assert z_dim % blocks == 0 and w_dim % blocks == 0, "z_dim and w_dim must be multiples of the number of blocks"
+        assert z_dim % blocks == 0 and w_dim % blocks == 0, (
+            "z_dim and w_dim must be multiples of the number of blocks"
+        )
         self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
         self.img_resolution, self.img_channels = img_resolution, img_channels
         self.latent_grid = [int(side) for side in latent_grid]
         self.block_z_dim, self.block_w_dim = z_dim // blocks, w_dim // blocks
         self.synthesis = SpatialSynthesisNetwork(
-            w_dim=w_dim, img_resolution=img_resolution, img_channels=img_channels, latent_grid=latent_grid, **synthesis_kwargs
+            w_dim=w_dim,
+            img_resolution=img_resolution,
+            img_channels=img_channels,
+            latent_grid=latent_grid,
+            **synthesis_kwargs,
         )
         self.num_ws = self.synthesis.num_ws
         self.mapping = SpatialMappingNetwork(
-            z_dim=z_dim, c_dim=c_dim, w_dim=w_dim, num_ws=self.num_ws, latent_grid=latent_grid, **mapping_kwargs
+            z_dim=z_dim,
+            c_dim=c_dim,
+            w_dim=w_dim,
+            num_ws=self.num_ws,
+            latent_grid=latent_grid,
+            **mapping_kwargs,
         )
 
     def forward(self, z, c, truncation_psi=1, truncation_cutoff=None, **synthesis_kwargs):

@@ -30,7 +30,13 @@ def register():
         help="Blocks re-drawn per picture in the regulariser  [default: 1]",
         **group,
     )
-    add_option("--latent-grid", desc="grid{}", metavar="HxW", help="Rows and columns of latent blocks  [default: 4x4]", **group)
+    add_option(
+        "--latent-grid",
+        desc="grid{}",
+        metavar="HxW",
+        help="Rows and columns of latent blocks  [default: 4x4]",
+        **group,
+    )
     add_option(
         "--encoder-init",
         desc="encoder{}",

@@ -8,16 +8,19 @@ from training import snapshot
 
 
 def is_encoder(name):
-    """Whether a tensor belongs to the spatial encoder, the only part that a StyleGAN2 has no counterpart for."""
+    """Whether a tensor belongs to the spatial encoder, the only part that a StyleGAN2 has no counterpart
+    for."""
     return any(part.startswith("encoder") for part in name.split("."))
 
 
 def transfer(source, G, D, G_ema):
-    """Fills G, D and G_ema from a snapshot of a StyleGAN2 or of a spatial generator; rows of the coverage table.
+    """Fills G, D and G_ema from a snapshot of a StyleGAN2 or of a spatial generator; rows of the coverage
+    table.
 
-    Every tensor goes to its counterpart of the same name. A StyleGAN2's w_avg [C] becomes the same vector in every
-    block; one of another grid is resampled. The encoder stays as it is where the source has none (the training loop
-    makes G_ema as a copy of G, so both have the same one). An unmatched tensor on either side is a CoverageError.
+    Every tensor goes to its counterpart of the same name. A StyleGAN2's w_avg [C] becomes the same vector in
+    every block; one of another grid is resampled. The encoder stays as it is where the source has none (the
+    training loop makes G_ema as a copy of G, so both have the same one). An unmatched tensor on either side
+    is a CoverageError.
     """
     return {
         "G": spatial_from(source["G"], G),
@@ -38,26 +41,34 @@ def spatial_from(source, target):
 
 def spread(w_avg, grid, new_grid):
     """A flat w_avg [C*h*w] of `grid` for `new_grid`: the mean over the blocks, the same in every new one."""
-    channels = w_avg.reshape(-1, grid[0] * grid[1]).mean(dim=1)  # [C]; training keeps w_avg constant over the blocks
+    channels = w_avg.reshape(-1, grid[0] * grid[1]).mean(
+        dim=1
+    )  # [C]; training keeps w_avg constant over the blocks
     return channels.repeat_interleave(new_grid[0] * new_grid[1])
 
 
 def spatial_kwargs(G_kwargs, latent_grid):
-    """Constructor arguments of a spatial generator from those of a StyleGAN2: totals over the blocks of the grid."""
+    """Constructor arguments of a spatial generator from those of a StyleGAN2: totals over the blocks of the
+    grid."""
     blocks = latent_grid[0] * latent_grid[1]
     kwargs = copy.deepcopy(G_kwargs)
-    kwargs.update(z_dim=G_kwargs["z_dim"] * blocks, w_dim=G_kwargs["w_dim"] * blocks, latent_grid=list(latent_grid))
+    kwargs.update(
+        z_dim=G_kwargs["z_dim"] * blocks, w_dim=G_kwargs["w_dim"] * blocks, latent_grid=list(latent_grid)
+    )
     return kwargs
 
 
 def constructor_kwargs(network):
     """The arguments that a persistent network was built with, all by name."""
-    names = list(inspect.signature(type(network).__mro__[1].__init__).parameters)[1:]  # of the class that was decorated
+    names = list(inspect.signature(type(network).__mro__[1].__init__).parameters)[
+        1:
+    ]  # of the class that was decorated
     return copy.deepcopy({**dict(zip(names, network.init_args, strict=False)), **network.init_kwargs})
 
 
 def from_stylegan2(G, latent_grid=(4, 4), **synthesis_kwargs):
-    """A spatial generator that gives G's picture for one vector in all blocks: the exact start, without training.
+    """A spatial generator that gives G's picture for one vector in all blocks: the exact start, without
+    training.
 
     synthesis_kwargs are added to those of G (demodulation, encoder_init, encoder_kwargs...).
     """
@@ -68,4 +79,3 @@ def from_stylegan2(G, latent_grid=(4, 4), **synthesis_kwargs):
     result = SpatialGenerator(**kwargs).eval().requires_grad_(False)
     spatial_from(G, result)
     return result
-

@@ -39,7 +39,12 @@ def plan(*args):
 
 def error(*args):
     """The one line of a refused command."""
-    output, status = run("--outdir=/nowhere", "--dry-run", *([] if any("--data" in a for a in args) else ["--data=demo"]), *args)
+    output, status = run(
+        "--outdir=/nowhere",
+        "--dry-run",
+        *([] if any("--data" in a for a in args) else ["--data=demo"]),
+        *args,
+    )
     assert status == 2, output
     return output.split("Error: ")[1].strip()
 
@@ -49,14 +54,16 @@ def stylegan2_pkl(tmp_path_factory):
     """A snapshot of small untrained 32x32 networks."""
     widths = dict(channel_base=128, channel_max=16)
     data = dict(img_resolution=32, img_channels=3, c_dim=0)
-    G = Generator(z_dim=12, w_dim=12, mapping_kwargs=dict(num_layers=3), synthesis_kwargs=dict(widths), **data)
+    G = Generator(
+        z_dim=12, w_dim=12, mapping_kwargs=dict(num_layers=3), synthesis_kwargs=dict(widths), **data
+    )
     D = Discriminator(**widths, **data)
     path = tmp_path_factory.mktemp("snapshots") / "plain.pkl"
     snapshot.save_network_pkl(path, G=G, D=D, G_ema=G)
     return path
 
 
-# --- options --------------------------------------------------------------------------------------------------
+# --- options ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -84,8 +91,14 @@ def test_configs_are_the_familys(cfg, kimg, batch, gamma, lr, layers, base):
     "args,name",
     [
         ([], "00000-lorelei32-auto1"),
-        (["--mirror=1", "--cfg=cifar", "--gamma=10", "--kimg=5", "--batch=8"], "00000-lorelei32-mirror-cifar-gamma10-kimg5-batch8"),
-        (["--subset=5", "--aug=fixed", "--p=0.3", "--augpipe=bg"], "00000-lorelei32-subset5-auto1-fixed-p0.3-bg"),
+        (
+            ["--mirror=1", "--cfg=cifar", "--gamma=10", "--kimg=5", "--batch=8"],
+            "00000-lorelei32-mirror-cifar-gamma10-kimg5-batch8",
+        ),
+        (
+            ["--subset=5", "--aug=fixed", "--p=0.3", "--augpipe=bg"],
+            "00000-lorelei32-subset5-auto1-fixed-p0.3-bg",
+        ),
         (["--cfg=ssn", "--lambda-d=10", "--aug=noaug"], "00000-lorelei32-ssn-noaug-lambda10"),
     ],
 )
@@ -94,13 +107,30 @@ def test_run_directory_names(args, name):
 
 
 def test_options_do_what_they_say(tmp_path):
-    c = plan("--gamma=3", "--kimg=7", "--batch=8", "--snap=2", "--seed=5", "--subset=10", "--mirror=1", "--workers=0")
-    assert c["loss_kwargs"]["r1_gamma"] == 3 and c["total_kimg"] == 7 and c["batch_size"] == 8 and c["random_seed"] == 5
+    c = plan(
+        "--gamma=3",
+        "--kimg=7",
+        "--batch=8",
+        "--snap=2",
+        "--seed=5",
+        "--subset=10",
+        "--mirror=1",
+        "--workers=0",
+    )
+    assert (
+        c["loss_kwargs"]["r1_gamma"] == 3
+        and c["total_kimg"] == 7
+        and c["batch_size"] == 8
+        and c["random_seed"] == 5
+    )
     assert c["image_snapshot_ticks"] == c["network_snapshot_ticks"] == 2
     data = c["training_set_kwargs"]
     assert data["max_size"] == 10 and data["random_seed"] == 5 and data["xflip"] is True
     assert c["data_loader_kwargs"] == dict(pin_memory=True, num_workers=0)
-    assert plan("--metrics=none")["metrics"] == [] and plan("--metrics=fid5k,kid5k")["metrics"] == ["fid5k", "kid5k"]
+    assert plan("--metrics=none")["metrics"] == [] and plan("--metrics=fid5k,kid5k")["metrics"] == [
+        "fid5k",
+        "kid5k",
+    ]
     assert plan("--cfg=laptop")["metrics"] == []
     assert plan("--gpus=0")["device"] == "cpu" and plan("--device=cpu")["device"] == "cpu"
     assert plan("--aug=noaug").get("augment_kwargs") is None
@@ -128,9 +158,15 @@ def test_options_do_what_they_say(tmp_path):
         (["--lambda-d=5"], "--lambda-d has no use with --cfg=auto; it goes with ssn"),
         (["--cfg=ssn", "--latent-grid=4"], "--latent-grid=4: expected rows x columns, such as 4x4"),
         (["--set=G_kwarg.x=1"], "--set G_kwarg.x: no G_kwarg; there are "),
-        (["--set=loss_kwargs.gamma=1"], "--set loss_kwargs.gamma: gamma is not known there; there are D, G_mapping"),
+        (
+            ["--set=loss_kwargs.gamma=1"],
+            "--set loss_kwargs.gamma: gamma is not known there; there are D, G_mapping",
+        ),
         (["--set=nonsense"], "--set nonsense: expected name=value"),
-        (["--resume=/no/such.pkl", "--cfg=ssn"], "--resume: cannot read /no/such.pkl: No such file or directory"),
+        (
+            ["--resume=/no/such.pkl", "--cfg=ssn"],
+            "--resume: cannot read /no/such.pkl: No such file or directory",
+        ),
         (["--resume=latest"], "--resume=latest: no run with a checkpoint.pt in /nowhere"),
     ],
 )
@@ -156,7 +192,7 @@ def test_help_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 
 
-# --- the spatial config ---------------------------------------------------------------------------------------
+# --- the spatial config -------------------------------------------------------------------------------------
 
 
 def test_spatial_config_takes_its_widths_from_the_source(stylegan2_pkl):
@@ -188,11 +224,24 @@ def test_widths_without_a_source():
     assert c["loss_kwargs"]["lambda_d"] == 100
 
 
-# --- real processes -------------------------------------------------------------------------------------------
+# --- real processes -----------------------------------------------------------------------------------------
 
 TINY = [
-    *["--cfg=laptop", "--data=demo", "--subset=50", "--gpus=0", "--batch=4", "--workers=0", "--aug=noaug", "--kimg=1"],
-    *["--set=G_kwargs.synthesis_kwargs.channel_max=4", "--set=D_kwargs.channel_max=4", "--set=kimg_per_tick=0.02"],
+    *[
+        "--cfg=laptop",
+        "--data=demo",
+        "--subset=50",
+        "--gpus=0",
+        "--batch=4",
+        "--workers=0",
+        "--aug=noaug",
+        "--kimg=1",
+    ],
+    *[
+        "--set=G_kwargs.synthesis_kwargs.channel_max=4",
+        "--set=D_kwargs.channel_max=4",
+        "--set=kimg_per_tick=0.02",
+    ],
     *["--set=image_snapshot_ticks=null", "--set=network_snapshot_ticks=1000"],
 ]
 
@@ -201,7 +250,9 @@ def start(*args):
     """train.py in a process of its own."""
     command = [sys.executable, str(ROOT / "train.py"), *map(str, args)]
     env = dict(os.environ, OMP_NUM_THREADS="1")
-    return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 def test_a_terminated_run_saves_and_goes_on(tmp_path):
@@ -220,7 +271,10 @@ def test_a_terminated_run_saves_and_goes_on(tmp_path):
 
     kimg = json.loads((run_dir / "stats.jsonl").read_text().splitlines()[-1])["Progress/kimg"]["mean"]
     output, status = run(f"--outdir={tmp_path}", "--resume=latest", "--gamma=5", "--dry-run")
-    assert status == 2 and "goes on with the run's own options, but the command says --gamma=5.0 (was None)" in output
+    assert (
+        status == 2
+        and "goes on with the run's own options, but the command says --gamma=5.0 (was None)" in output
+    )
     output, status = run(f"--outdir={tmp_path}", f"--resume={run_dir}", "--kimg=2", "--dry-run")
     assert status == 0 and "Training duration: 2 kimg" in output and f"Output directory:  {run_dir}" in output
 
@@ -236,11 +290,14 @@ def test_a_terminated_run_saves_and_goes_on(tmp_path):
     assert len(list(run_dir.glob("network-snapshot-*.pkl"))) >= 1
     log = (run_dir / "log.txt").read_text()
     assert "Stopped at" in log and "Continuing at" in log
-    ticks = [json.loads(line)["Progress/tick"]["mean"] for line in (run_dir / "stats.jsonl").read_text().splitlines()]
+    ticks = [
+        json.loads(line)["Progress/tick"]["mean"]
+        for line in (run_dir / "stats.jsonl").read_text().splitlines()
+    ]
     assert ticks == list(range(len(ticks)))
 
 
-# --- the house's promises -------------------------------------------------------------------------------------
+# --- the house's promises -----------------------------------------------------------------------------------
 
 TOY_PLUGIN = '''
 from metrics.metric_main import METRICS
@@ -272,9 +329,19 @@ def test_a_dropped_in_plugin_adds_config_option_and_metric(tmp_path):
     (tmp_path / "toy_ext" / "plugin.py").write_text(TOY_PLUGIN)
 
     def output(*args):
-        return subprocess.run([sys.executable, *args], cwd=tmp_path, text=True, check=True, capture_output=True).stdout
+        return subprocess.run(
+            [sys.executable, *args], cwd=tmp_path, text=True, check=True, capture_output=True
+        ).stdout
 
-    text = output("train.py", "--outdir=runs", "--data=demo", "--cfg=toy", "--toyness=3", "--metrics=toy_metric", "--dry-run")
+    text = output(
+        "train.py",
+        "--outdir=runs",
+        "--data=demo",
+        "--cfg=toy",
+        "--toyness=3",
+        "--metrics=toy_metric",
+        "--dry-run",
+    )
     assert '"r1_gamma": 3' in text and "00000-lorelei32-toy-toy3" in text and "Dry run; exiting." in text
     assert "Options of toy_ext:" in output("train.py", "--help")
     assert "toy_metric" in output("calc_metrics.py", "--list")
@@ -283,6 +350,10 @@ def test_a_dropped_in_plugin_adds_config_option_and_metric(tmp_path):
 def test_nothing_below_the_plugin_names_it():
     word = re.compile(r"\bssn", re.IGNORECASE)
     places = ["train.py", "calc_metrics.py", "training", "metrics", "torch_utils", "dnnlib"]
-    files = [f for place in places for f in ([ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("*"))]
+    files = [
+        f
+        for place in places
+        for f in ([ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("*"))
+    ]
     found = [str(f) for f in files if f.is_file() and word.search(f.read_bytes().decode("latin-1"))]
     assert found == []

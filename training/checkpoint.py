@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""checkpoint.pt: everything that an exact continuation needs, in plain tensors and containers (weights_only)."""
+"""checkpoint.pt: everything that an exact continuation needs, in plain tensors and containers
+(weights_only)."""
 
 import json
 import os
@@ -72,10 +73,11 @@ class Counters:
 
 
 def cut_back_logs(run_dir, kimg):
-    """Drops from the run's JSON-lines files what lies past `kimg` thousand images, and half-written last lines.
+    """Drops from the run's JSON-lines files what lies past `kimg` thousand images, and half-written last
+    lines.
 
-    A line of stats.jsonl is dated by its Progress/kimg, a line of metric-*.jsonl by the number in its snapshot_pkl.
-    Lines without a date stay.
+    A line of stats.jsonl is dated by its Progress/kimg, a line of metric-*.jsonl by the number in its
+    snapshot_pkl. Lines without a date stay.
     """
     for name in sorted(os.listdir(run_dir)):
         if name != "stats.jsonl" and not re.fullmatch(r"metric-.*\.jsonl", name):
@@ -83,7 +85,9 @@ def cut_back_logs(run_dir, kimg):
         path = os.path.join(run_dir, name)
         with open(path, encoding="utf-8") as f:
             lines = f.readlines()
-        kept = [line for line in lines if _line_kimg(line) <= kimg * (1 + 1e-6)]  # statistics are summed in float32
+        kept = [
+            line for line in lines if _line_kimg(line) <= kimg * (1 + 1e-6)
+        ]  # statistics are summed in float32
         if kept != lines:
             with open_atomic(path) as f:
                 f.write("".join(kept).encode("utf-8"))

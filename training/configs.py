@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Configs: functions that edit the dict of training_loop's options, and make_config, which applies one to a command.
+"""Configs: functions that edit the dict of training_loop's options, and make_config, which applies one to a
+command.
 
-A config is registered under its --cfg name with a dotted path, so that --help imports nothing. A plug-in registers
-further configs and command-line options in its register(); see docs/extending.md.
+A config is registered under its --cfg name with a dotted path, so that --help imports nothing. A plug-in
+registers further configs and command-line options in its register(); see docs/extending.md.
 """
 
 import inspect
@@ -18,8 +19,8 @@ CONFIGS = Registry("config")
 for _name in ["auto", "stylegan2", "paper256", "paper512", "paper1024", "cifar", "laptop"]:
     CONFIGS.register(_name, f"training.configs.{_name}")
 
-# A command-line option that a plug-in adds for some configs. `desc` formats the option's value into the name of the run
-# directory ('' leaves it out); `kwargs` go to click.option.
+# A command-line option that a plug-in adds for some configs. `desc` formats the option's value into the name
+# of the run directory ('' leaves it out); `kwargs` go to click.option.
 PluginOption = namedtuple("PluginOption", "flag name heading configs desc kwargs")
 OPTIONS = {}  # name -> PluginOption, in the order of registration
 
@@ -36,15 +37,26 @@ def add_option(flag, heading, configs, desc="", **kwargs):
     OPTIONS[name] = PluginOption(flag, name, heading, tuple(configs), desc, kwargs)
 
 
-# --- the family's configs -------------------------------------------------------------------------------------
+# --- the family's configs -----------------------------------------------------------------------------------
 
-# kimg: length; mb: batch; fmaps: factor of the channel counts; ema in kimg; ramp: EMA ramp-up; map: mapping layers.
+# kimg: length; mb: batch; fmaps: factor of the channel counts; ema in kimg; ramp: EMA ramp-up; map: mapping
+# layers.
 ROWS = {
-    "stylegan2": dict(ref_gpus=8, kimg=25000, mb=32, mbstd=4, fmaps=1, lrate=0.002, gamma=10, ema=10, ramp=None, map=8),
-    "paper256": dict(ref_gpus=8, kimg=25000, mb=64, mbstd=8, fmaps=0.5, lrate=0.0025, gamma=1, ema=20, ramp=None, map=8),
-    "paper512": dict(ref_gpus=8, kimg=25000, mb=64, mbstd=8, fmaps=1, lrate=0.0025, gamma=0.5, ema=20, ramp=None, map=8),
-    "paper1024": dict(ref_gpus=8, kimg=25000, mb=32, mbstd=4, fmaps=1, lrate=0.002, gamma=2, ema=10, ramp=None, map=8),
-    "cifar": dict(ref_gpus=2, kimg=100000, mb=64, mbstd=32, fmaps=1, lrate=0.0025, gamma=0.01, ema=500, ramp=0.05, map=2),
+    "stylegan2": dict(
+        ref_gpus=8, kimg=25000, mb=32, mbstd=4, fmaps=1, lrate=0.002, gamma=10, ema=10, ramp=None, map=8
+    ),
+    "paper256": dict(
+        ref_gpus=8, kimg=25000, mb=64, mbstd=8, fmaps=0.5, lrate=0.0025, gamma=1, ema=20, ramp=None, map=8
+    ),
+    "paper512": dict(
+        ref_gpus=8, kimg=25000, mb=64, mbstd=8, fmaps=1, lrate=0.0025, gamma=0.5, ema=20, ramp=None, map=8
+    ),
+    "paper1024": dict(
+        ref_gpus=8, kimg=25000, mb=32, mbstd=4, fmaps=1, lrate=0.002, gamma=2, ema=10, ramp=None, map=8
+    ),
+    "cifar": dict(
+        ref_gpus=2, kimg=100000, mb=64, mbstd=32, fmaps=1, lrate=0.0025, gamma=0.01, ema=500, ramp=0.05, map=2
+    ),
 }
 
 
@@ -53,7 +65,9 @@ def auto(c, opts):
     res, gpus = c.training_set_kwargs.resolution, c.num_gpus
     mb = max(min(gpus * min(4096 // res, 32), 64), gpus)
     row = dict(ref_gpus=gpus, kimg=25000, mb=mb, mbstd=min(mb // gpus, 4), fmaps=1 if res >= 512 else 0.5)
-    row.update(lrate=0.002 if res >= 1024 else 0.0025, gamma=0.0002 * res**2 / mb, ema=mb * 10 / 32, ramp=0.05, map=2)
+    row.update(
+        lrate=0.002 if res >= 1024 else 0.0025, gamma=0.0002 * res**2 / mb, ema=mb * 10 / 32, ramp=0.05, map=2
+    )
     apply_row(c, **row)
 
 
@@ -78,7 +92,8 @@ def paper1024(c, opts):
 
 
 def cifar(c, opts):
-    """The StyleGAN2-ADA paper's settings for CIFAR-10: no path length, no style mixing, 'orig' discriminator."""
+    """The StyleGAN2-ADA paper's settings for CIFAR-10: no path length, no style mixing, 'orig'
+    discriminator."""
     apply_row(c, **ROWS["cifar"])
     c.loss_kwargs.pl_weight = 0
     c.loss_kwargs.style_mixing_prob = 0
@@ -87,7 +102,9 @@ def cifar(c, opts):
 
 def laptop(c, opts):
     """Small networks for pictures of 32x32 to 64x64 on a CPU: narrow, two mapping layers, ticks of 1 kimg."""
-    apply_row(c, ref_gpus=1, kimg=200, mb=32, mbstd=4, fmaps=1 / 32, lrate=0.0025, gamma=1, ema=5, ramp=0.05, map=2)
+    apply_row(
+        c, ref_gpus=1, kimg=200, mb=32, mbstd=4, fmaps=1 / 32, lrate=0.0025, gamma=1, ema=5, ramp=0.05, map=2
+    )
     c.G_kwargs.update(z_dim=64, w_dim=64)
     for kwargs in [c.G_kwargs.synthesis_kwargs, c.D_kwargs]:
         kwargs.update(channel_max=96, num_fp16_res=0)
@@ -102,7 +119,9 @@ def apply_row(c, *, ref_gpus, kimg, mb, mbstd, fmaps, lrate, gamma, ema, ramp, m
     c.G_kwargs = easy(class_name="training.networks.Generator", z_dim=512, w_dim=512)
     c.G_kwargs.mapping_kwargs = easy(num_layers=map)
     c.G_kwargs.synthesis_kwargs = easy(widths)
-    c.D_kwargs = easy(class_name="training.networks.Discriminator", block_kwargs=easy(), mapping_kwargs=easy())
+    c.D_kwargs = easy(
+        class_name="training.networks.Discriminator", block_kwargs=easy(), mapping_kwargs=easy()
+    )
     c.D_kwargs.epilogue_kwargs = easy(mbstd_group_size=mbstd)
     c.D_kwargs.update(widths)
     for net in ["G", "D"]:
@@ -111,7 +130,7 @@ def apply_row(c, *, ref_gpus, kimg, mb, mbstd, fmaps, lrate, gamma, ema, ramp, m
     c.update(total_kimg=kimg, batch_size=mb, batch_gpu=max(mb // ref_gpus, 1), ema_kimg=ema, ema_rampup=ramp)
 
 
-# --- from a command to options --------------------------------------------------------------------------------
+# --- from a command to options ------------------------------------------------------------------------------
 
 AUGPIPES = {
     "blit": "xflip rotate90 xint",
@@ -130,9 +149,9 @@ for _name, _parts in dict(
 def make_config(opts):
     """The training options and the run directory's description for the options of a command.
 
-    opts: dict of option values, None where not given (names as in train.py). Reads the data set and, for configs that
-    take their widths from it, the --resume file; writes nothing. Returns (EasyDict of training_loop's options, desc).
-    Raises ConfigError with one line for the user.
+    opts: dict of option values, None where not given (names as in train.py). Reads the data set and, for
+    configs that take their widths from it, the --resume file; writes nothing. Returns (EasyDict of
+    training_loop's options, desc). Raises ConfigError with one line for the user.
     """
     opts = Options(opts)
     c = dnnlib.EasyDict()
@@ -170,7 +189,8 @@ def easy(value):
 
 
 def change_running(c, changed):
-    """Applies, to the options of a run that is continued, those that may change: kimg, snap, metrics, detector, workers."""
+    """Applies, to the options of a run that is continued, those that may change: kimg, snap, metrics,
+    detector, workers."""
     opts = Options(changed)
     _overrides(c, Options({k: v for k, v in opts.items() if k in ("kimg", "snap")}))
     if "metrics" in opts:
@@ -183,7 +203,8 @@ def change_running(c, changed):
 
 
 class Options(dnnlib.EasyDict):
-    """The values of a command's options; a name that was not given is None. `source` reads the --resume file once."""
+    """The values of a command's options; a name that was not given is None. `source` reads the --resume file
+    once."""
 
     def __getattr__(self, name):
         return self.get(name)
@@ -289,14 +310,18 @@ def _augment(c, opts):
             desc.append(f"target{opts.target:g}")
     if mode != "noaug":
         names = AUGPIPES[opts.augpipe or "bgc"].split()
-        c.augment_kwargs = dnnlib.EasyDict(class_name="training.augment.AugmentPipe", **{name: 1 for name in names})
+        c.augment_kwargs = dnnlib.EasyDict(
+            class_name="training.augment.AugmentPipe", **{name: 1 for name in names}
+        )
     if opts.augpipe is not None:
         desc.append(opts.augpipe)
     return desc
 
 
 # The family's published networks. The files, and what is trained from them, stay under NVIDIA's licence.
-PUBLISHED_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/transfer-learning-source-nets/"
+PUBLISHED_URL = (
+    "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/transfer-learning-source-nets/"
+)
 PUBLISHED = {
     "ffhq256": "ffhq-res256-mirror-paper256-noaug.pkl",
     "ffhq512": "ffhq-res512-mirror-stylegan2-noaug.pkl",
@@ -327,14 +352,18 @@ def _plugin_options(opts):
         if value is None:
             continue
         if opts.cfg not in option.configs:
-            raise ConfigError(f"{option.flag} has no use with --cfg={opts.cfg}; it goes with {', '.join(option.configs)}")
+            raise ConfigError(
+                f"{option.flag} has no use with --cfg={opts.cfg}; it goes with {', '.join(option.configs)}"
+            )
         desc.append(option.desc.format(value))
     return desc
 
 
 def _check_batch(c):
     if c.batch_size % c.num_gpus:
-        raise ConfigError(f"the batch of {c.batch_size} cannot be shared by {c.num_gpus} processes; give --batch")
+        raise ConfigError(
+            f"the batch of {c.batch_size} cannot be shared by {c.num_gpus} processes; give --batch"
+        )
     share = c.batch_size // c.num_gpus
     c.batch_gpu = min(c.batch_gpu, share)
     if share % c.batch_gpu:
@@ -347,7 +376,8 @@ def _check_batch(c):
 
 
 def set_option(c, assignment):
-    """Applies one `a.b=json` to the options; a name that does not exist there is an error listing those that do."""
+    """Applies one `a.b=json` to the options; a name that does not exist there is an error listing those that
+    do."""
     path, equals, text = assignment.partition("=")
     if not equals:
         raise ConfigError(f"--set {assignment}: expected name=value, such as loss_kwargs.pl_weight=0")
@@ -377,7 +407,9 @@ def _known_names(target, top):
     if "class_name" not in target:
         return None
     cls = dnnlib.util.get_obj_by_name(target["class_name"])
-    names = set(inspect.signature(cls).parameters) if not hasattr(cls, "_orig_class_name") else _init_names(cls)
+    names = (
+        set(inspect.signature(cls).parameters) if not hasattr(cls, "_orig_class_name") else _init_names(cls)
+    )
     return names | set(target)
 
 
@@ -386,7 +418,7 @@ def _init_names(cls):
     return set(inspect.signature(cls.__mro__[1].__init__).parameters) - {"self"}
 
 
-# --- run directories ------------------------------------------------------------------------------------------
+# --- run directories ----------------------------------------------------------------------------------------
 
 
 def run_dirs(outdir):

@@ -21,7 +21,8 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, batch_size, nimg):
-        """Takes in the weights after one step of `batch_size` images, `nimg` images having been seen before it."""
+        """Takes in the weights after one step of `batch_size` images, `nimg` images having been seen before
+        it."""
         half_life = self.kimg * 1000
         if self.rampup is not None:
             half_life = min(half_life, nimg * self.rampup)
@@ -61,8 +62,8 @@ class FixedAugment:
 class AdaptiveAugment(FixedAugment):
     """ADA: moves the strength so that the mean sign of D's output on real pictures stays at `target`.
 
-    Every `interval` iterations: p <- max(p + sign(r - target) * batch_size * interval / (kimg * 1000), 0), where r is
-    the mean of `Loss/signs/real` since the last update (arXiv:2006.06676, section 3).
+    Every `interval` iterations: p <- max(p + sign(r - target) * batch_size * interval / (kimg * 1000), 0),
+    where r is the mean of `Loss/signs/real` since the last update (arXiv:2006.06676, section 3).
     """
 
     def __init__(self, pipe, p=0, target=0.6, interval=4, kimg=500):

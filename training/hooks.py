@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tick hooks: all that a training run prints and writes. Each has start() and tick(); tests of the rank live here."""
+"""Tick hooks: all that a training run prints and writes. Each has start() and tick(); tests of the rank live
+here."""
 
 import json
 import os
@@ -27,10 +28,12 @@ class Hook:
         """Called once, when all is built and before the first iteration."""
 
     def tick(self):
-        """Called at the end of each tick; run.this_tick has index, seconds, images and maintenance seconds."""
+        """Called at the end of each tick; run.this_tick has index, seconds, images and maintenance
+        seconds."""
 
     def due(self, ticks):
-        """Whether something that happens every `ticks` ticks (None: never) is due; the last tick always is."""
+        """Whether something that happens every `ticks` ticks (None: never) is due; the last tick always
+        is."""
         return ticks is not None and (self.run.done or self.run.this_tick.index % ticks == 0)
 
     def path(self, name):
@@ -77,8 +80,9 @@ class StatusLine(Hook):
 def setup_snapshot_image_grid(training_set, random_seed=0):
     """Picks the pictures of the run's grids: ((columns, rows), images uint8 [n, C, H, W], labels [n, ...]).
 
-    As many as fit 7680 x 4320 pixels, at least 7 x 4, at most 32 x 32. Without labels: a shuffle of all pictures,
-    wrapping. With labels: one label a row (sorted by the reversed raw label), its pictures shuffled.
+    As many as fit 7680 x 4320 pixels, at least 7 x 4, at most 32 x 32. Without labels: a shuffle of all
+    pictures, wrapping. With labels: one label a row (sorted by the reversed raw label), its pictures
+    shuffled.
     """
     rnd = np.random.RandomState(random_seed)
     gw = int(np.clip(7680 // training_set.image_shape[2], 7, 32))
@@ -140,7 +144,8 @@ class Snapshots(Hook):
     """network-snapshot-%06d.pkl."""
 
     def tick(self):
-        """Writes the networks when they are due; run.snapshot_pkl is the latest file (None before the first)."""
+        """Writes the networks when they are due; run.snapshot_pkl is the latest file (None before the
+        first)."""
         run = self.run
         run.snapshot_pkl = None
         if not self.due(run.c.network_snapshot_ticks):
@@ -193,7 +198,8 @@ class Metrics(Hook):
     """Evaluates each snapshot with the run's metrics."""
 
     def start(self):
-        """Looks whether the metrics can be had at all: warns once and goes on without them where they cannot."""
+        """Looks whether the metrics can be had at all: warns once and goes on without them where they
+        cannot."""
         from metrics import metric_main
 
         run = self.run

@@ -15,7 +15,9 @@ from torch_utils import training_stats
 from torch_utils.ops import conv2d_gradfix
 
 Batch = namedtuple("Batch", "real_img real_c gen_z gen_c")
-PhaseRow = namedtuple("PhaseRow", "name net interval")  # what runs, on which network ('G' or 'D'), every how many steps
+PhaseRow = namedtuple(
+    "PhaseRow", "name net interval"
+)  # what runs, on which network ('G' or 'D'), every how many steps
 
 
 class Loss:
@@ -40,9 +42,9 @@ class Loss:
 class StyleGAN2Loss(Loss):
     """Logistic loss + R1 (weight r1_gamma / 2) + path length regularisation (weight pl_weight).
 
-    Arguments as in the StyleGAN2-ADA family: `G_mapping`, `G_synthesis` and `D` are the two halves of the generator
-    and the discriminator, `augment_pipe` (or None) augments every picture that D sees. `style_mixing_prob` is the
-    probability that the layers from a random cut on take their w from a second z.
+    Arguments as in the StyleGAN2-ADA family: `G_mapping`, `G_synthesis` and `D` are the two halves of the
+    generator and the discriminator, `augment_pipe` (or None) augments every picture that D sees.
+    `style_mixing_prob` is the probability that the layers from a random cut on take their w from a second z.
 
     `pl_mean` is the running mean of the path lengths (part of `state_dict`).
     """
@@ -77,10 +79,11 @@ class StyleGAN2Loss(Loss):
         self.pl_weight, self.pl_decay, self.pl_batch_shrink = pl_weight, pl_decay, pl_batch_shrink
         self.pl_mean = torch.zeros([], device=self.device)
 
-    # --- phases -----------------------------------------------------------------------------------------------
+    # --- phases ---------------------------------------------------------------------------------------------
 
     def phase_rows(self, G_reg_interval=4, D_reg_interval=16):
-        """Main and lazy regularisation phases of both networks; an interval of None joins the two into one."""
+        """Main and lazy regularisation phases of both networks; an interval of None joins the two into
+        one."""
         rows = []
         for net, interval in [("G", G_reg_interval), ("D", D_reg_interval)]:
             if interval is None:
@@ -90,10 +93,11 @@ class StyleGAN2Loss(Loss):
         return rows
 
     def accumulate_gradients(self, phase, real_img, real_c, gen_z, gen_c, sync=True, gain=1):
-        """Adds the gradients of `phase` (a key of TERMS); `sync` is accepted for the family's callers and not needed.
+        """Adds the gradients of `phase` (a key of TERMS); `sync` is accepted for the family's callers and not
+        needed.
 
-        Each term is a mean over its batch, scaled by `gain`, and is propagated on its own, so that the memory of
-        one term is free before the next begins.
+        Each term is a mean over its batch, scaled by `gain`, and is propagated on its own, so that the memory
+        of one term is free before the next begins.
         """
         del sync  # the loop reduces gradients itself, once per phase
         if phase not in self.TERMS:
@@ -104,10 +108,11 @@ class StyleGAN2Loss(Loss):
             if value is not None:
                 value.mean().mul(gain).backward()
 
-    # --- running the networks ---------------------------------------------------------------------------------
+    # --- running the networks -------------------------------------------------------------------------------
 
     def run_G(self, z, c):
-        """Pictures and ws of z with style mixing. The order of random draws is: cut, coin, second z, noise."""
+        """Pictures and ws of z with style mixing. The order of random draws is: cut, coin, second z,
+        noise."""
         ws = self.G_mapping(z, c)  # [N, num_ws, w_dim]
         if self.style_mixing_prob > 0:
             num_ws = ws.shape[1]
@@ -123,7 +128,7 @@ class StyleGAN2Loss(Loss):
         """Logits [N, 1] of pictures as D is shown them: augmented where a pipe is set."""
         return self.D(img if self.augment_pipe is None else self.augment_pipe(img), c)
 
-    # --- terms ------------------------------------------------------------------------------------------------
+    # --- terms ----------------------------------------------------------------------------------------------
 
     def adversarial(self, batch):
         """softplus(-D(G(z))): the generator's non-saturating loss, [N, 1]."""
@@ -133,14 +138,17 @@ class StyleGAN2Loss(Loss):
         return training_stats.report("Loss/G/loss", softplus(-logits))
 
     def path_length(self, batch):
-        """pl_weight * (|J^T y| - running mean)^2, J = d image / d ws, y white noise of unit expected norm, [N']."""
+        """pl_weight * (|J^T y| - running mean)^2, J = d image / d ws, y white noise of unit expected norm,
+        [N']."""
         if self.pl_weight == 0:
             return None
         size = max(batch.gen_z.shape[0] // self.pl_batch_shrink, 1)
         img, ws = self.run_G(batch.gen_z[:size], batch.gen_c[:size])
         noise = torch.randn_like(img) / (img.shape[2] * img.shape[3]) ** 0.5
         with conv2d_gradfix.no_weight_gradients():
-            (jacobian,) = torch.autograd.grad([(img * noise).sum()], [ws], create_graph=True)  # [N', num_ws, w_dim]
+            (jacobian,) = torch.autograd.grad(
+                [(img * noise).sum()], [ws], create_graph=True
+            )  # [N', num_ws, w_dim]
         lengths = jacobian.square().sum(dim=2).mean(dim=1).sqrt()
         mean = self.pl_mean.lerp(lengths.mean(), self.pl_decay)
         self.pl_mean = mean.detach()
@@ -188,7 +196,7 @@ class StyleGAN2Loss(Loss):
             loss = loss + weighted[:, None]
         return loss
 
-    # --- continuation -----------------------------------------------------------------------------------------
+    # --- continuation ---------------------------------------------------------------------------------------
 
     def state_dict(self):
         """The running mean of path lengths."""

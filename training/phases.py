@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training phases: which network one optimiser step is for, how often it runs, and its lazy-regularisation factor."""
+"""Training phases: which network one optimiser step is for, how often it runs, and its lazy-regularisation
+factor."""
 
 import time
 
@@ -10,10 +11,12 @@ from torch_utils import distributed
 
 
 def lazy_correction(intervals):
-    """The factor c of lazy regularisation for one optimiser: 1 / (1 + sum of 1 / interval over its lazy phases).
+    """The factor c of lazy regularisation for one optimiser: 1 / (1 + sum of 1 / interval over its lazy
+    phases).
 
     An optimiser that also steps every `interval` iterations makes 1 + sum 1/interval steps an iteration; with
-    lr * c and betas ** c it moves and forgets as if it made one (StyleGAN2, appendix B, for a single interval).
+    lr * c and betas ** c it moves and forgets as if it made one (StyleGAN2, appendix B, for a single
+    interval).
     """
     return 1 / (1 + sum(1 / i for i in intervals if i > 1))
 
@@ -43,8 +46,8 @@ class Phase:
     def step(self, loss, rounds):
         """Accumulates the gradients of all rounds (their sum), reduces them over the processes, and steps.
 
-        rounds: sequence of (real_img, real_c, gen_z, gen_c). The gain is the interval, so that a lazy phase weighs
-        the same as if it ran in every iteration.
+        rounds: sequence of (real_img, real_c, gen_z, gen_c). The gain is the interval, so that a lazy phase
+        weighs the same as if it ran in every iteration.
         """
         with self.timer:
             self.optimizer.zero_grad(set_to_none=True)
@@ -57,7 +60,8 @@ class Phase:
 
 
 class PhaseTimer:
-    """Milliseconds of the latest run of a phase: CUDA events on a GPU (no synchronisation), else the clock."""
+    """Milliseconds of the latest run of a phase: CUDA events on a GPU (no synchronisation), else the
+    clock."""
 
     def __init__(self, device):
         self._cuda = device.type == "cuda"
@@ -92,8 +96,8 @@ class PhaseTimer:
 def build_phases(rows, modules, opt_kwargs):
     """Phases for the rows of a loss; the phases of one network share one optimiser.
 
-    modules and opt_kwargs map 'G' and 'D' to the network and to its optimiser's options (class_name, lr, betas...).
-    Returns (list of Phase, dict net -> optimiser).
+    modules and opt_kwargs map 'G' and 'D' to the network and to its optimiser's options (class_name, lr,
+    betas...). Returns (list of Phase, dict net -> optimiser).
     """
     optimizers = {}
     for net, module in modules.items():

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""network-snapshot-*.pkl: the family's pickles of G, D, G_ema and the augmentation pipe; written and read here only."""
+"""network-snapshot-*.pkl: the family's pickles of G, D, G_ema and the augmentation pipe; written and read
+here only."""
 
 import copy
 import pickle
@@ -30,10 +31,11 @@ def save_network_pkl(path, *, G, D, G_ema, augment_pipe=None, training_set_kwarg
 
 
 def load_network_pkl(source):
-    """Reads a snapshot: dict with G, D, G_ema (modules), training_set_kwargs and augment_pipe (each may be None).
+    """Reads a snapshot: dict with G, D, G_ema (modules), training_set_kwargs and augment_pipe (each may be
+    None).
 
-    source: a path, a URL or an open binary file. Plain pickle loading runs what the file says: open only files that
-    you trust. Raises SnapshotError with one line for anything that is not a snapshot.
+    source: a path, a URL or an open binary file. Plain pickle loading runs what the file says: open only
+    files that you trust. Raises SnapshotError with one line for anything that is not a snapshot.
     """
     name = getattr(source, "name", source)
     try:
@@ -52,7 +54,9 @@ def load_network_pkl(source):
 def check_snapshot(data, name):
     """The snapshot dict, completed and checked; SnapshotError says what is missing or of the wrong kind."""
     if not isinstance(data, dict):
-        raise SnapshotError(f"{name} is not a network snapshot: it holds a {type(data).__name__}, expected a dict")
+        raise SnapshotError(
+            f"{name} is not a network snapshot: it holds a {type(data).__name__}, expected a dict"
+        )
     for key in ["G", "D", "G_ema"]:
         if not isinstance(data.get(key), torch.nn.Module):
             raise SnapshotError(f"{name} is not a network snapshot: {key} is missing or not a network")
@@ -66,10 +70,11 @@ class CoverageError(ValueError):
 
 
 def copy_networks(source, target, fresh=lambda name: False):
-    """Copies all tensors of `source` into `target` by name and says what happened: rows of (name, shape, what).
+    """Copies all tensors of `source` into `target` by name and says what happened: rows of (name, shape,
+    what).
 
-    fresh(name) tells which tensors of the target may keep their own values. Any other tensor that has no counterpart
-    of its shape, on either side, is an error, and nothing is copied then.
+    fresh(name) tells which tensors of the target may keep their own values. Any other tensor that has no
+    counterpart of its shape, on either side, is an error, and nothing is copied then.
     """
     theirs = dict([*source.named_parameters(), *source.named_buffers()])
     ours = dict([*target.named_parameters(), *target.named_buffers()])
@@ -81,8 +86,12 @@ def copy_networks(source, target, fresh=lambda name: False):
         elif name not in theirs and fresh(name):
             rows.append((name, shape, "new"))
         else:
-            wrong.append(f"{name} {shape} has {list(theirs[name].shape) if name in theirs else 'nothing'} to take")
-    wrong += [f"{name} {list(t.shape)} would be left behind" for name, t in theirs.items() if name not in ours]
+            wrong.append(
+                f"{name} {shape} has {list(theirs[name].shape) if name in theirs else 'nothing'} to take"
+            )
+    wrong += [
+        f"{name} {list(t.shape)} would be left behind" for name, t in theirs.items() if name not in ours
+    ]
     if wrong:
         raise CoverageError(f"{len(wrong)} tensors do not match, first: {'; '.join(wrong[:3])}")
     with torch.no_grad():
@@ -105,7 +114,8 @@ def coverage_table(rows_by_net):
 
 
 def transfer(source, G, D, G_ema):
-    """Default start from a snapshot: every tensor of G, D and G_ema by name, all of them. Returns rows by network."""
+    """Default start from a snapshot: every tensor of G, D and G_ema by name, all of them. Returns rows by
+    network."""
     return {
         name: copy_networks(source[name], module) for name, module in [("G", G), ("D", D), ("G_ema", G_ema)]
     }

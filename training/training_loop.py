@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: says when; the objects it builds say how.
 
-One iteration draws its random numbers from (seed, rank, images seen), so that a run that was stopped and continued
-from its checkpoint makes the very draws of the run that was not.
+One iteration draws its random numbers from (seed, rank, images seen), so that a run that was stopped and
+continued from its checkpoint makes the very draws of the run that was not.
 """
 
 import copy
@@ -31,34 +31,46 @@ STANDARD_HOOKS = [
 DEFAULTS = {
     # what is trained, and on what
     **dict(training_set_kwargs={}, data_loader_kwargs={}, G_kwargs={}, D_kwargs={}, loss_kwargs={}),
-    **dict(G_opt_kwargs={}, D_opt_kwargs={}, G_reg_interval=4, D_reg_interval=16, ema_kimg=10, ema_rampup=None),
+    **dict(
+        G_opt_kwargs={}, D_opt_kwargs={}, G_reg_interval=4, D_reg_interval=16, ema_kimg=10, ema_rampup=None
+    ),
     **dict(augment_kwargs=None, augment_p=0, ada_target=None, ada_interval=4, ada_kimg=500),
     # where it starts from and how long it takes
     **dict(resume_pkl=None, transfer="training.snapshot.transfer", exact_resume=False),
     **dict(total_kimg=25000, kimg_per_tick=4, batch_size=4, batch_gpu=4, random_seed=0),
     # what it writes
-    **dict(run_dir=".", image_snapshot_ticks=50, network_snapshot_ticks=50, metrics=[], metric_kwargs={}, tick_hooks=[]),
+    **dict(
+        run_dir=".",
+        image_snapshot_ticks=50,
+        network_snapshot_ticks=50,
+        metrics=[],
+        metric_kwargs={},
+        tick_hooks=[],
+    ),
     # the machine
     **dict(num_gpus=1, device=None, cudnn_benchmark=True, allow_tf32=False),
 }
 
 
 def complete_config(config):
-    """The loop's options with defaults filled in; a name it does not know is a TypeError that lists the known ones."""
+    """The loop's options with defaults filled in; a name it does not know is a TypeError that lists the known
+    ones."""
     unknown = sorted(set(config) - set(DEFAULTS))
     if unknown:
-        raise TypeError(f"training_loop got unknown options {', '.join(unknown)}; it knows {', '.join(DEFAULTS)}")
+        raise TypeError(
+            f"training_loop got unknown options {', '.join(unknown)}; it knows {', '.join(DEFAULTS)}"
+        )
     return dnnlib.EasyDict({**copy.deepcopy(DEFAULTS), **config})
 
 
 def training_loop(rank=0, abort_fn=None, progress_fn=None, **config):
     """Trains until total_kimg thousand images, a stop signal, or abort_fn() says so.
 
-    The options are the family's (see DEFAULTS), and: `device` ('cpu', 'cuda' or None: CUDA where there is one),
-    `exact_resume` (go on from run_dir/checkpoint.pt), `transfer` (dotted name of the function that fills the networks
-    from resume_pkl), `tick_hooks` (dotted names of further hooks), `metric_kwargs` (passed on to the metrics).
-    progress_fn(kimg, total_kimg) is called at the start and at every tick. Returns True when training is complete,
-    False when it was stopped (the checkpoint is written then).
+    The options are the family's (see DEFAULTS), and: `device` ('cpu', 'cuda' or None: CUDA where there is
+    one), `exact_resume` (go on from run_dir/checkpoint.pt), `transfer` (dotted name of the function that
+    fills the networks from resume_pkl), `tick_hooks` (dotted names of further hooks), `metric_kwargs` (passed
+    on to the metrics). progress_fn(kimg, total_kimg) is called at the start and at every tick. Returns True
+    when training is complete, False when it was stopped (the checkpoint is written then).
     """
     run = Run(complete_config(config), rank, abort_fn, progress_fn)
     with StopSignals() as stop:
@@ -78,7 +90,8 @@ def training_loop(rank=0, abort_fn=None, progress_fn=None, **config):
 
 
 class StopSignals:
-    """Context in which the first SIGINT or SIGTERM sets `requested`, and a second one acts as it always does."""
+    """Context in which the first SIGINT or SIGTERM sets `requested`, and a second one acts as it always
+    does."""
 
     def __enter__(self):
         self.requested = False
@@ -92,7 +105,10 @@ class StopSignals:
 
     def _handle(self, number, _frame):
         self.requested = True
-        print(f"\n{signal.Signals(number).name}: finishing this step and saving; once more stops at once.", flush=True)
+        print(
+            f"\n{signal.Signals(number).name}: finishing this step and saving; once more stops at once.",
+            flush=True,
+        )
         self._restore()
 
     def _restore(self):
@@ -115,7 +131,8 @@ def draw_seed(random_seed, rank, nimg):
 
 
 class Run:
-    """One training run: the networks and their helpers, counters, data, and what one iteration and one tick do."""
+    """One training run: the networks and their helpers, counters, data, and what one iteration and one tick
+    do."""
 
     def __init__(self, c, rank, abort_fn=None, progress_fn=None):
         self.c = c
@@ -138,7 +155,7 @@ class Run:
         """Thousands of images seen."""
         return self.counters.nimg / 1e3
 
-    # --- setting up -------------------------------------------------------------------------------------------
+    # --- setting up -----------------------------------------------------------------------------------------
 
     def start(self):
         """Builds everything, fills it from a snapshot or a checkpoint, and lets the hooks begin."""
@@ -164,7 +181,8 @@ class Run:
         for module in [self.G, self.D, self.G_ema]:
             distributed.broadcast_module(module)
         self.hooks = [
-            dnnlib.util.construct_class_by_name(self, class_name=name) for name in [*STANDARD_HOOKS, *c.tick_hooks]
+            dnnlib.util.construct_class_by_name(self, class_name=name)
+            for name in [*STANDARD_HOOKS, *c.tick_hooks]
         ]
         for hook in self.hooks:
             hook.start()
@@ -254,7 +272,12 @@ class Run:
         if c.augment_kwargs is None or (c.augment_p == 0 and c.ada_target is None):
             return controllers.FixedAugment()
         self.say("Setting up augmentation...")
-        pipe = dnnlib.util.construct_class_by_name(**c.augment_kwargs).train().requires_grad_(False).to(self.device)
+        pipe = (
+            dnnlib.util.construct_class_by_name(**c.augment_kwargs)
+            .train()
+            .requires_grad_(False)
+            .to(self.device)
+        )
         if c.ada_target is None:
             return controllers.FixedAugment(pipe, c.augment_p)
         return controllers.AdaptiveAugment(
@@ -268,7 +291,7 @@ class Run:
         self.say(snapshot.coverage_table(rows))
         self.say("")
 
-    # --- one iteration ----------------------------------------------------------------------------------------
+    # --- one iteration --------------------------------------------------------------------------------------
 
     def iterate(self):
         """One step of every phase that is due, then the weight average and ADA."""
@@ -299,7 +322,7 @@ class Run:
         labels = torch.from_numpy(np.stack([self.training_set.get_label(i) for i in picks]))
         return z, labels.reshape(count, size, -1).to(self.device)
 
-    # --- one tick ---------------------------------------------------------------------------------------------
+    # --- one tick -------------------------------------------------------------------------------------------
 
     def tick_due(self):
         """After the first iteration, every kimg_per_tick thousand images, and at the end."""

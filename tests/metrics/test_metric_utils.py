@@ -259,7 +259,7 @@ def _all_features(opts, detector):
 
 
 def _process(rank, folder, kwargs, detector):
-    """One of two processes: features of 29 real and 9 generated pictures, as each process has them in the end."""
+    """One of two processes: writes the features that it has in the end."""
     distributed.init_process(rank, 2, f"file://{folder}/meet", "cpu")
     opts = options(num_gpus=2, rank=rank, batch_size=4, cache=False, **kwargs)
     real, made = _all_features(opts, detector)

@@ -43,7 +43,8 @@ def full_double_sum(G, z, fresh):
 
 @pytest.mark.parametrize("num_blocks", [1, 3])
 def test_estimator_is_unbiased(num_blocks):
-    """Its mean over many draws agrees with the full double sum over as many pairs (z, z'), within 4 errors."""
+    """Its mean over many draws agrees with the full double sum over as many pairs (z, z'), within 4
+    errors."""
     G = tiny()
     torch.manual_seed(1)
     count = 6000
@@ -92,9 +93,19 @@ def test_gradients_flow_into_both_pictures():
 def losses(lambda_d):
     """(SSN loss, StyleGAN2 loss) on the same networks."""
     torch.manual_seed(0)
-    G = Generator(8, 0, 8, 16, 3, mapping_kwargs=dict(num_layers=2), synthesis_kwargs=dict(channel_base=128, channel_max=16))
+    G = Generator(
+        8,
+        0,
+        8,
+        16,
+        3,
+        mapping_kwargs=dict(num_layers=2),
+        synthesis_kwargs=dict(channel_base=128, channel_max=16),
+    )
     S = transfer.from_stylegan2(G).train()
-    D = Discriminator(c_dim=0, img_resolution=16, img_channels=3, channel_base=128, channel_max=16).requires_grad_(False)
+    D = Discriminator(
+        c_dim=0, img_resolution=16, img_channels=3, channel_base=128, channel_max=16
+    ).requires_grad_(False)
     nets = dict(device="cpu", G_mapping=S.mapping, G_synthesis=S.synthesis, D=D)
     return DistortionRegularizedLoss(**nets, lambda_d=lambda_d), StyleGAN2Loss(**nets), S, D
 

@@ -58,7 +58,7 @@ def spread(z, count=16):
     return z.repeat_interleave(count, dim=1)
 
 
-# --- the exact start ------------------------------------------------------------------------------------------
+# --- the exact start ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("architecture", ["skip", "resnet", "orig"])
@@ -117,7 +117,9 @@ def test_1x1_grid_is_the_plain_generator_in_training_mode_too():
         grads[net] = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
     torch.testing.assert_close(S.mapping.w_avg, G.mapping.w_avg)
     for name, grad in grads[G].items():
-        torch.testing.assert_close(grads[S][name], grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max() + 1e-6))
+        torch.testing.assert_close(
+            grads[S][name], grad, rtol=1e-3, atol=1e-3 * float(grad.abs().max() + 1e-6)
+        )
 
 
 def test_w_avg_is_the_mean_over_samples_and_blocks():
@@ -129,7 +131,7 @@ def test_w_avg_is_the_mean_over_samples_and_blocks():
     torch.testing.assert_close(S.mapping.w_avg, want)
 
 
-# --- demodulation against brute force -------------------------------------------------------------------------
+# --- demodulation against brute force -----------------------------------------------------------------------
 
 
 def brute_force_variance(weight, styles, borders, flip_weight):
@@ -148,11 +150,14 @@ def test_demodulation_equals_a_second_convolution(borders, flip_weight, kernel):
     torch.manual_seed(0)
     weight, styles = torch.randn(7, 5, kernel, kernel), torch.randn(3, 5, 6, 8)
     want = brute_force_variance(weight, styles, borders, flip_weight)
-    torch.testing.assert_close(expected_variance(weight, styles, borders, flip_weight), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        expected_variance(weight, styles, borders, flip_weight), want, rtol=1e-5, atol=1e-5
+    )
 
 
 def test_modulated_convolution_has_unit_variance():
-    """Independent unit-variance inputs come out with unit mean variance: what sigma_E is for (Monte Carlo)."""
+    """Independent unit-variance inputs come out with unit mean variance: what sigma_E is for (Monte
+    Carlo)."""
     torch.manual_seed(0)
     styles = torch.randn(1, 4, 8, 8).expand(4096, -1, -1, -1)
     x = torch.randn(4096, 4, 8, 8)
@@ -163,7 +168,10 @@ def test_modulated_convolution_has_unit_variance():
 
 def test_gradients_of_the_modulated_convolution():
     torch.manual_seed(0)
-    x, w, s = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in [(2, 2, 4, 4), (3, 2, 3, 3), (2, 2, 4, 4)])
+    x, w, s = (
+        torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+        for shape in [(2, 2, 4, 4), (3, 2, 3, 3), (2, 2, 4, 4)]
+    )
     for borders in ["circular", "zero_padded"]:
 
         def function(x, w, s, borders=borders):
@@ -183,11 +191,13 @@ def test_resize_keeps_constants_and_means():
     coarse = resize(x, 2, 3)
     torch.testing.assert_close(coarse, x.reshape(2, 3, 2, 2, 3, 2).mean(dim=(3, 5)))
     fine = resize(x, 8, 12)  # pixel centres lie a quarter of a cell from the coarse ones
-    torch.testing.assert_close(fine[:, :, 1, 1], (9 * x[:, :, 0, 0] + 3 * x[:, :, 0, 1] + 3 * x[:, :, 1, 0] + x[:, :, 1, 1]) / 16)
+    torch.testing.assert_close(
+        fine[:, :, 1, 1], (9 * x[:, :, 0, 0] + 3 * x[:, :, 0, 1] + 3 * x[:, :, 1, 0] + x[:, :, 1, 1]) / 16
+    )
     torch.testing.assert_close(fine[:, :, 0, 0], x[:, :, 0, 0])  # clamped border
 
 
-# --- block-resampling -----------------------------------------------------------------------------------------
+# --- block-resampling ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoder_init", ["exact", "random", "none"])
@@ -219,11 +229,14 @@ def test_a_block_changes_mostly_its_own_pixels():
     S = transfer.from_stylegan2(plain_generator())
     z, fresh = torch.randn(2, 8, S.z_dim)
     mask = blocks.block_masks(GRID, [32, 32])[5]
-    change = (S(blocks.replace_blocks(z, fresh, [5], GRID), None, noise_mode="const") - S(z, None, noise_mode="const")).square()
+    change = (
+        S(blocks.replace_blocks(z, fresh, [5], GRID), None, noise_mode="const")
+        - S(z, None, noise_mode="const")
+    ).square()
     assert change[..., mask].mean() > 4 * change[..., ~mask].mean()
 
 
-# --- what scripts of the family do ----------------------------------------------------------------------------
+# --- what scripts of the family do --------------------------------------------------------------------------
 
 
 def test_z_may_be_flat_float64_or_spatial_but_not_of_one_block():
@@ -252,7 +265,11 @@ def test_path_length_gradients_reach_every_parameter():
     (jacobian,) = torch.autograd.grad((img * torch.randn_like(img)).sum(), ws, create_graph=True)
     jacobian.square().sum().backward()
     used = {name for name, p in G.named_parameters() if p.grad is not None and bool((p.grad != 0).any())}
-    expected = {name for name, p in G.named_parameters() if "b16.torgb.bias" not in name and not name.endswith("torgb.bias")}
+    expected = {
+        name
+        for name, p in G.named_parameters()
+        if "b16.torgb.bias" not in name and not name.endswith("torgb.bias")
+    }
     assert expected <= used | {f"mapping.fc{i}.bias" for i in range(2)}
 
 
@@ -266,13 +283,19 @@ def test_second_derivatives_of_a_whole_tiny_network():
     direction = torch.randn(1, 1, 4, 4)
 
     def slope(w):
-        return torch.autograd.grad((G.synthesis(w, noise_mode="none") * direction).sum(), w, create_graph=True)[0]
+        return torch.autograd.grad(
+            (G.synthesis(w, noise_mode="none") * direction).sum(), w, create_graph=True
+        )[0]
 
     (second,) = torch.autograd.grad(slope(ws).square().sum() / 2, ws)
     step = 1e-2 * torch.randn_like(ws)
     with torch.enable_grad():
-        up, down = (slope((ws + sign * step).detach().requires_grad_()).square().sum() / 2 for sign in (1, -1))
-    assert float((second * step).sum().detach()) == pytest.approx(float((up - down).detach()) / 2, rel=2e-2, abs=1e-4)
+        up, down = (
+            slope((ws + sign * step).detach().requires_grad_()).square().sum() / 2 for sign in (1, -1)
+        )
+    assert float((second * step).sum().detach()) == pytest.approx(
+        float((up - down).detach()) / 2, rel=2e-2, abs=1e-4
+    )
 
 
 def test_pickles_reopen_with_equal_pictures():
@@ -283,7 +306,7 @@ def test_pickles_reopen_with_equal_pictures():
     assert again.latent_grid == [4, 4] and again.init_kwargs.latent_grid == [4, 4]
 
 
-# --- transfer -------------------------------------------------------------------------------------------------
+# --- transfer -----------------------------------------------------------------------------------------------
 
 
 def test_transfer_refuses_what_does_not_match():

@@ -34,7 +34,9 @@ def test_golden_gradients(phase):
     net.requires_grad_(True)
     c = torch.zeros(4, 0)
     loss._generated_loss = torch.zeros([])
-    loss.accumulate_gradients(phase, torch.from_numpy(data["real"]), c, torch.from_numpy(data["z"]), c, gain=2)
+    loss.accumulate_gradients(
+        phase, torch.from_numpy(data["real"]), c, torch.from_numpy(data["z"]), c, gain=2
+    )
     want = {k[len(phase) + 1 :]: torch.from_numpy(data[k]) for k in data.files if k.startswith(f"{phase}.")}
     # the gradient of a noise strength depends on the noise that was drawn
     want = {k: v for k, v in want.items() if not k.endswith("noise_strength")}
@@ -42,15 +44,25 @@ def test_golden_gradients(phase):
     params = dict(net.named_parameters())
     for name, value in want.items():
         got = torch.zeros_like(value) if params[name].grad is None else params[name].grad
-        # R1's gradients of biases are a millionth of the whole: their own rounding errors are larger than 1e-4
+        # R1's gradients of biases are a millionth of the whole: their own rounding errors are larger than
+        # 1e-4
         assert (got - value).norm() <= 1e-4 * value.norm() + 1e-6 * total, name
     assert len(want) > 10
 
 
 def test_reference_numbers_of_all_phases():
-    """Sum of squared gradients of each phase, pl_mean, w_avg and the reported statistics (contract, appendix A)."""
+    """Sum of squared gradients of each phase, pl_mean, w_avg and the reported statistics (contract, appendix
+    A)."""
     torch.manual_seed(0)
-    G = Generator(16, 0, 16, 16, 3, mapping_kwargs=dict(num_layers=2), synthesis_kwargs=dict(channel_base=128, channel_max=32))
+    G = Generator(
+        16,
+        0,
+        16,
+        16,
+        3,
+        mapping_kwargs=dict(num_layers=2),
+        synthesis_kwargs=dict(channel_base=128, channel_max=32),
+    )
     torch.manual_seed(1)
     D = Discriminator(c_dim=0, img_resolution=16, img_channels=3, channel_base=128, channel_max=32)
     G.train().requires_grad_(False), D.train().requires_grad_(False)

@@ -552,6 +552,16 @@ def test_modulated_conv_checks_shapes():
 # Whole networks.
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_batch_size_does_not_matter(architecture):
+    G, z = small_generator(architecture), torch.randn(5, 16)
+    images = G(z, None, noise_mode="const")
+    for n in range(5):
+        one = G(z[n : n + 1], None, noise_mode="const")
+        torch.testing.assert_close(one, images[n : n + 1], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_parameter_gets_a_gradient(architecture):
     G, D = small_generator(architecture).train(), small_discriminator(architecture).train()
@@ -586,27 +596,57 @@ def test_half_precision_options_do_not_change_results_without_cuda(architecture)
     torch.testing.assert_close(D(img, None, force_fp32=False), reference, rtol=1e-4, atol=1e-5)
 
 
+def assert_half_precision_is_close(architecture, channels_last, device):
+    options = dict(num_fp16_res=2, conv_clamp=256)
+    G, D = small_generator(architecture), small_discriminator(architecture).to(device)
+    for name, parameter in G.named_parameters():
+        if name.endswith("noise_strength"):
+            parameter.data.fill_(0.1)
+    kwargs = copy.deepcopy(dict(G.init_kwargs))
+    kwargs["synthesis_kwargs"].update(options, fp16_channels_last=channels_last)
+    H = networks.Generator(**kwargs).to(device).eval()
+    H.load_state_dict(G.state_dict())
+    E = small_discriminator(architecture, **options, block_kwargs=dict(fp16_channels_last=channels_last))
+    E = E.to(device)
+    seen = set()
+    for block in [H.synthesis.b16, E.b16]:
+        block.conv1.register_forward_hook(lambda module, inputs, result: seen.add(result.dtype))
+    z = small_latents().to(device)
+    G = G.to(device)
+    for num in [1, 2]:
+        img, reference = (net(z[:num], None, noise_mode="const") for net in (H, G))
+        assert img.dtype == torch.float32 and img.is_contiguous()
+        assert relative_error(img, reference) < 5e-3
+        logits = E(img, None)
+        assert logits.dtype == torch.float32
+        assert relative_error(logits, D(img, None)) < 5e-3
+    assert seen == {torch.float16}
+    img.square().sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in H.parameters())
+    seen.clear()
+    same = H(z, None, noise_mode="const", force_fp32=True)
+    assert relative_error(same, G(z, None, noise_mode="const")) < 1e-5
+    assert relative_error(E(same, None, force_fp32=True), D(same, None)) < 1e-5
+    assert seen == {torch.float32}
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_half_precision_if_it_were_used_on_cpu(architecture, channels_last, monkeypatch):
+    def as_on_cuda(device, use_fp16, channels_last, **_):
+        layout = torch.channels_last if use_fp16 and channels_last else torch.contiguous_format
+        return torch.float16 if use_fp16 else torch.float32, layout
+
+    monkeypatch.setattr(networks, "_compute_format", as_on_cuda)
+    assert_half_precision_is_close(architecture, channels_last, "cpu")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_half_precision_on_cuda(architecture, channels_last):
-    options = dict(num_fp16_res=2, conv_clamp=256, fp16_channels_last=channels_last)
-    G = small_generator(architecture).cuda()
-    kwargs = copy.deepcopy(dict(G.init_kwargs))
-    kwargs["synthesis_kwargs"].update(options)
-    H = networks.Generator(**kwargs).cuda().eval()
-    H.load_state_dict(G.state_dict())
-    z = small_latents().cuda()
-    for num in [1, 2]:
-        img = H(z[:num], None, noise_mode="const")
-        assert img.dtype == torch.float32
-        assert relative_error(img, G(z[:num], None, noise_mode="const")) < 1e-2
-    same = H(z, None, noise_mode="const", force_fp32=True)
-    assert relative_error(same, G(z, None, noise_mode="const")) < 1e-4
-    D = small_discriminator(architecture, num_fp16_res=2, conv_clamp=256).cuda()
-    logits = D(img, None)
-    assert relative_error(logits, D(img, None, force_fp32=True)) < 1e-2
+    assert_half_precision_is_close(architecture, channels_last, "cuda")
 
 
 def test_clamp_bounds_every_layer():
@@ -664,18 +704,20 @@ def test_training_mode_never_fuses(monkeypatch):
 
 
 SIGNATURES = {
-    "modulated_conv2d": "x weight styles noise up down padding resample_filter demodulate flip_weight fused_modconv",
+    "modulated_conv2d": "x weight styles noise up down padding resample_filter demodulate flip_weight "
+    "fused_modconv",
     "FullyConnectedLayer": "in_features out_features bias activation lr_multiplier bias_init",
     "Conv2dLayer": "in_channels out_channels kernel_size bias activation up down resample_filter conv_clamp "
     "channels_last trainable",
-    "MappingNetwork": "z_dim c_dim w_dim num_ws num_layers embed_features layer_features activation lr_multiplier "
-    "w_avg_beta",
+    "MappingNetwork": "z_dim c_dim w_dim num_ws num_layers embed_features layer_features activation "
+    "lr_multiplier w_avg_beta",
     "SynthesisLayer": "in_channels out_channels w_dim resolution kernel_size up use_noise activation "
     "resample_filter conv_clamp channels_last",
     "ToRGBLayer": "in_channels out_channels w_dim kernel_size conv_clamp channels_last",
     "SynthesisBlock": "in_channels out_channels w_dim resolution img_channels is_last architecture "
     "resample_filter conv_clamp use_fp16 fp16_channels_last layer_kwargs",
-    "SynthesisNetwork": "w_dim img_resolution img_channels channel_base channel_max num_fp16_res block_kwargs",
+    "SynthesisNetwork": "w_dim img_resolution img_channels channel_base channel_max num_fp16_res "
+    "block_kwargs",
     "Generator": "z_dim c_dim w_dim img_resolution img_channels mapping_kwargs synthesis_kwargs",
     "DiscriminatorBlock": "in_channels tmp_channels out_channels resolution img_channels first_layer_idx "
     "architecture activation resample_filter conv_clamp use_fp16 fp16_channels_last freeze_layers",

@@ -37,18 +37,24 @@ def pictures(tmp_path_factory):
 def options(pictures, run_dir, spatial=False, **changes):
     """A run of seconds: 16x16, batch 8, ADA, lazy phases of several intervals, conditional."""
     easy = dnnlib.EasyDict
-    c = easy(run_dir=str(run_dir), total_kimg=0.08, batch_size=8, batch_gpu=4, kimg_per_tick=0.04, device="cpu")
+    c = easy(
+        run_dir=str(run_dir), total_kimg=0.08, batch_size=8, batch_gpu=4, kimg_per_tick=0.04, device="cpu"
+    )
     data = "training.dataset.ImageFolderDataset"
     c.training_set_kwargs = easy(class_name=data, path=pictures, use_labels=True, max_size=None, xflip=False)
     c.data_loader_kwargs = easy(num_workers=0)
     widths = easy(channel_base=64, channel_max=8)
-    c.G_kwargs = easy(class_name="training.networks.Generator", z_dim=8, w_dim=8, mapping_kwargs=easy(num_layers=1))
+    c.G_kwargs = easy(
+        class_name="training.networks.Generator", z_dim=8, w_dim=8, mapping_kwargs=easy(num_layers=1)
+    )
     c.G_kwargs.synthesis_kwargs = easy(widths)
     c.D_kwargs = easy(class_name="training.networks.Discriminator", **widths)
     c.D_kwargs.mapping_kwargs = easy(num_layers=1)
     c.loss_kwargs = easy(class_name="training.loss.StyleGAN2Loss", r1_gamma=1)
     if spatial:
-        c.G_kwargs.update(class_name="ssn_ext.networks.SpatialGenerator", z_dim=32, w_dim=32, latent_grid=[2, 2])
+        c.G_kwargs.update(
+            class_name="ssn_ext.networks.SpatialGenerator", z_dim=32, w_dim=32, latent_grid=[2, 2]
+        )
         c.G_kwargs.synthesis_kwargs.encoder_kwargs = easy(channels=4)
         c.loss_kwargs.update(class_name="ssn_ext.loss.DistortionRegularizedLoss", lambda_d=5, dist_interval=2)
         c.tick_hooks = ["ssn_ext.hooks.ChangeMaps"]
@@ -103,7 +109,8 @@ def assert_equal_states(a, b, path=""):
 
 @pytest.mark.parametrize("spatial,stop", [(False, 1), (False, 6), (True, 4)])
 def test_a_stopped_run_goes_on_exactly(pictures, tmp_path, monkeypatch, spatial, stop):
-    """Weights, optimisers, ADA, counters, statistics: all equal to those of the run that was never stopped."""
+    """Weights, optimisers, ADA, counters, statistics: all equal to those of the run that was never
+    stopped."""
     whole = options(pictures, tmp_path / "whole", spatial)
     assert training_loop.training_loop(**whole) is True
     training_stats.load_state_dict({})
@@ -140,7 +147,14 @@ def test_run_directory_and_snapshot(pictures, tmp_path):
     c = options(pictures, tmp_path / "run", spatial=True, image_snapshot_ticks=1)
     training_loop.training_loop(**c)
     names = sorted(os.listdir(c.run_dir))
-    for name in ["reals.png", "fakes_init.png", "fakes000000.png", "changes000000.png", "stats.jsonl", "checkpoint.pt"]:
+    for name in [
+        "reals.png",
+        "fakes_init.png",
+        "fakes000000.png",
+        "changes000000.png",
+        "stats.jsonl",
+        "checkpoint.pt",
+    ]:
         assert name in names
     assert not [name for name in names if name.endswith(".tmp")]
     data = snapshot.load_network_pkl(os.path.join(c.run_dir, "network-snapshot-000000.pkl"))
@@ -150,7 +164,13 @@ def test_run_directory_and_snapshot(pictures, tmp_path):
     with open(os.path.join(c.run_dir, "stats.jsonl")) as f:
         line = json.loads(f.readline())
     assert list(line)[-1] == "timestamp"
-    for name in ["Loss/distortion", "Loss/scores/real", "Progress/kimg", "Timing/Gdist", "Resources/cpu_mem_gb"]:
+    for name in [
+        "Loss/distortion",
+        "Loss/scores/real",
+        "Progress/kimg",
+        "Timing/Gdist",
+        "Resources/cpu_mem_gb",
+    ]:
         assert set(line[name]) == {"num", "mean", "std"}
     assert line["Progress/tick"]["mean"] == 0
 
@@ -161,7 +181,10 @@ def test_transfer_starts_from_the_networks_of_a_snapshot(pictures, tmp_path, cap
     training_loop.training_loop(**first)
     path = os.path.join(first.run_dir, "network-snapshot-000000.pkl")
     run = training_loop.Run(
-        training_loop.complete_config(options(pictures, tmp_path / "second", resume_pkl=path, random_seed=77)), rank=0
+        training_loop.complete_config(
+            options(pictures, tmp_path / "second", resume_pkl=path, random_seed=77)
+        ),
+        rank=0,
     )
     run.start()
     source = snapshot.load_network_pkl(path)
@@ -205,11 +228,13 @@ def test_first_signal_asks_and_second_one_acts(capsys):
 
 
 def test_draws_depend_on_seed_rank_and_images():
-    seeds = {training_loop.draw_seed(*key) for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 32)]}
+    seeds = {
+        training_loop.draw_seed(*key) for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 32)]
+    }
     assert len(seeds) == 5
 
 
-# --- checkpoints ----------------------------------------------------------------------------------------------
+# --- checkpoints --------------------------------------------------------------------------------------------
 
 
 def test_checkpoint_errors(tmp_path):
@@ -239,7 +264,10 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
 def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
     stats = [json.dumps({"Progress/kimg": {"num": 1, "mean": kimg, "std": 0}}) for kimg in [0.0, 4.0, 8.0]]
     (tmp_path / "stats.jsonl").write_text("\n".join(stats) + '\n{"Progress/ki')
-    metrics = [json.dumps({"snapshot_pkl": name}) for name in ["network-snapshot-000004.pkl", "network-snapshot-000008.pkl", None]]
+    metrics = [
+        json.dumps({"snapshot_pkl": name})
+        for name in ["network-snapshot-000004.pkl", "network-snapshot-000008.pkl", None]
+    ]
     (tmp_path / "metric-fid5k.jsonl").write_text("\n".join(metrics) + "\n")
     (tmp_path / "notes.jsonl").write_text("not ours")
     checkpoint.cut_back_logs(str(tmp_path), kimg=5.0)
