@@ -73,7 +73,7 @@ def plug_in():
     help="Feature detector: folder with NVIDIA's files, a TorchScript file, or efficientnet-lite0, which"
     " works offline; results of other detectors than NVIDIA's carry its name  [default: NVIDIA's, by URL]",
 )
-@click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images at a time")
+@click.option("--batch", type=click.IntRange(min=1), help="Images at a time  [default: 64, 16 on CPU]")
 @click.option(
     "--workers", type=click.IntRange(min=0), help="Processes that read images  [default: 3, 0 on CPU]"
 )

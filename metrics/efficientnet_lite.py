@@ -57,7 +57,7 @@ class FoldedConv(torch.nn.Module):
         else:
             padding = [size // 2 for size in sizes]
         y = F.conv2d(x, self.weight, self.bias, stride=self.stride, padding=padding, groups=self.groups)
-        return F.relu6(y) if self.act else y
+        return F.relu6(y, inplace=True) if self.act else y
 
 
 class InvertedResidual(torch.nn.Module):

@@ -325,7 +325,8 @@ class SpatialSynthesisLayer(torch.nn.Module):
 
     def __init__(
         self, in_channels, out_channels, w_dim, resolution, kernel_size=3, up=1, use_noise=True, activation="lrelu",
-        resample_filter=[1, 3, 3, 1], conv_clamp=None, demodulation="circular", encoder_init="exact", encoder_channels=128,
+        resample_filter=[1, 3, 3, 1], conv_clamp=None, demodulation="circular", encoder_init="exact",
+        encoder_channels=128,
     ):  # fmt: skip
         super().__init__()
         self.resolution, self.up, self.padding = resolution, up, kernel_size // 2
@@ -493,8 +494,8 @@ class SpatialSynthesisNetwork(torch.nn.Module):
     """
 
     def __init__(
-        self, w_dim, img_resolution, img_channels, latent_grid=[4, 4], channel_base=32768, channel_max=512, num_fp16_res=0,
-        **block_kwargs
+        self, w_dim, img_resolution, img_channels, latent_grid=[4, 4], channel_base=32768, channel_max=512,
+        num_fp16_res=0, **block_kwargs
     ):  # fmt: skip
         assert img_resolution >= 4 and img_resolution & (img_resolution - 1) == 0, (
             "resolution must be a power of two"

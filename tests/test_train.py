@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import train
 from dnnlib.plugins import load_plugins
 from ssn_ext import transfer
-from training import configs, snapshot
+from training import snapshot
 from training.networks import Discriminator, Generator
 
 ROOT = Path(__file__).parents[1]
@@ -187,7 +187,8 @@ def test_help_shows_plugin_options_under_their_heading():
 
 
 def test_help_imports_no_torch():
-    code = "import sys; sys.argv = ['train.py', '--help']; import train\ntry:\n train.build_command()()\nexcept SystemExit: pass\n"
+    code = "import sys, train; sys.argv = ['train.py', '--help']\n"
+    code += "try:\n train.build_command()()\nexcept SystemExit:\n pass\n"
     code += "assert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
 

@@ -79,7 +79,9 @@ def test_ldbr_dist_of_a_linear_generator(tmp_path):
     assert influence.shape == (4, 4)
     np.testing.assert_allclose(influence, 2 * (leak**2 + (own**2 - leak**2) * np.eye(4)), rtol=0.25)
     assert (tmp_path / "influence.png").stat().st_size > 0
-    metric_main.report_metric(result, run_dir=str(tmp_path), snapshot_pkl=str(tmp_path / "network-snapshot-000001.pkl"))
+    metric_main.report_metric(
+        result, run_dir=str(tmp_path), snapshot_pkl=str(tmp_path / "network-snapshot-000001.pkl")
+    )
     line = json.loads((tmp_path / "metric-ldbr_dist.jsonl").read_text())
     assert line["snapshot_pkl"] == "network-snapshot-000001.pkl" and line["details"]["num_latents"] == 1024
 

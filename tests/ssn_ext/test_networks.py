@@ -41,7 +41,8 @@ def spatial_generator(encoder_init="exact", grid=GRID, resolution=16, active=Tru
         z_dim=8 * count, c_dim=c_dim, w_dim=12 * count, img_resolution=resolution, img_channels=3, latent_grid=grid,
         mapping_kwargs=dict(num_layers=2),
         synthesis_kwargs=dict(
-            channel_base=256, channel_max=16, encoder_init=encoder_init, encoder_kwargs=dict(channels=6, max_resolution=8)
+            channel_base=256, channel_max=16, encoder_init=encoder_init,
+            encoder_kwargs=dict(channels=6, max_resolution=8),
         ),
     )  # fmt: skip
     with torch.no_grad():
@@ -276,8 +277,8 @@ def test_path_length_gradients_reach_every_parameter():
 def test_second_derivatives_of_a_whole_tiny_network():
     torch.manual_seed(0)
     G = SpatialGenerator(
-        z_dim=8, c_dim=0, w_dim=8, img_resolution=4, img_channels=1, latent_grid=[2, 2], mapping_kwargs=dict(num_layers=1),
-        synthesis_kwargs=dict(channel_base=8, channel_max=2, encoder_kwargs=dict(channels=2), activation="linear"),
+        z_dim=8, c_dim=0, w_dim=8, img_resolution=4, img_channels=1, latent_grid=[2, 2],
+        mapping_kwargs=dict(num_layers=1), synthesis_kwargs=dict(channel_base=8, channel_max=2, encoder_kwargs=dict(channels=2), activation="linear"),
     ).requires_grad_(False)  # fmt: skip
     ws = torch.randn(1, G.num_ws, G.w_dim, requires_grad=True)
     direction = torch.randn(1, 1, 4, 4)
