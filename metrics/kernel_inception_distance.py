@@ -12,7 +12,8 @@ def squared_mmd(x, y):
     """
 
     def kernel(a, b):
-        return (a @ b.T / a.shape[1] + 1) ** 3
+        base = a @ b.T / a.shape[1] + 1
+        return base * base * base  # numpy's ** is ten times slower
 
     def mean_of_pairs(a):  # pairs of different rows only
         gram = kernel(a, a)

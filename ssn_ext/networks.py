@@ -35,13 +35,42 @@ def normalize_2nd_moment(x, dim=1, eps=1e-8):
 def resize(x, height, width):
     """Resizes maps [N,C,h,w] -> [N,C,height,width], axis by axis: bilinear with clamped borders where the
     result is finer, an area average where it is coarser. The weights of every result sum to one, so that
-    constant maps stay."""
+    constant maps stay constant."""
+    h, w = x.shape[2], x.shape[3]
+    if (h, w) == (height, width):
+        return x
+    if h * w > MATRIX_LIMIT or not x.dtype.is_floating_point:
+        return _resize_map(x, height, width)
+    matrix = _resize_matrix(h, w, height, width, x.dtype, x.device)
+    x = torch.matmul(matrix, x.flatten(2).transpose(1, 2))  # [N,height*width,C]: channels-last
+    return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)  # a view
+
+
+def _resize_map(x, height, width):
+    """`resize` as it is defined."""
     h, w = x.shape[2], x.shape[3]
     if height < h or width < w:
         x = torch.nn.functional.adaptive_avg_pool2d(x, [min(h, height), min(w, width)])
     if height > h or width > w:
         x = torch.nn.functional.interpolate(x, size=[height, width], mode="bilinear", align_corners=False)
     return x
+
+
+MATRIX_LIMIT = (
+    64  # positions: a small grid is resized by one matrix product, with a gradient of the same kind
+)
+_matrices = {}
+
+
+def _resize_matrix(h, w, height, width, dtype, device):
+    """[height*width, h*w]: what `_resize_map` does to each of the h*w unit maps."""
+    key = (h, w, height, width, dtype, device)
+    if key not in _matrices:
+        with torch.no_grad():
+            units = torch.eye(h * w, dtype=torch.float64).reshape(h * w, 1, h, w)
+            matrix = _resize_map(units, height, width).flatten(1).t().contiguous()
+        _matrices[key] = matrix.to(dtype=dtype, device=device)
+    return _matrices[key]
 
 
 def spatially_modulated_conv2d(
@@ -145,9 +174,11 @@ class PointwiseLayer(torch.nn.Module):
 
     def forward(self, x):
         """x [N,I,h,w] -> [N,O,h,w]."""
-        weight = (self.weight * self.weight_gain)[:, :, None, None]
+        height, width = x.shape[2], x.shape[3]
         bias = None if self.bias is None else self.bias * self.bias_gain
-        x = torch.nn.functional.conv2d(x, weight, bias)
+        x = x.flatten(2).transpose(1, 2)  # [N,h*w,I]: one matrix product for all samples and positions
+        x = torch.nn.functional.linear(x, self.weight * self.weight_gain, bias)
+        x = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)  # a view, channels-last
         return x if self.activation == "linear" else bias_act.bias_act(x, act=self.activation)
 
 
@@ -459,14 +490,17 @@ class SpatialSynthesisBlock(torch.nn.Module):
         """x [N,I,R/2,R/2] (None in the first block), img [N,C,R/2,R/2] or None, ws: one map per layer
         [N,C,h,w]."""
         w_iter = iter(ws)
-        half = self.use_fp16 and not force_fp32 and ws[0].device.type == "cuda"
+        device = ws[0].device.type
+        half = self.use_fp16 and not force_fp32 and device == "cuda"
         dtype = torch.float16 if half else torch.float32
-        layout = torch.channels_last if self.channels_last and half else torch.contiguous_format
+        last = device == "cpu" or (half and self.channels_last)  # on a CPU convolutions and filters prefer it
+        layout = torch.channels_last if last else torch.contiguous_format
         below = e
         if self.encoder is not None:
             e = self.encoder(ws[self.num_conv - 1])
         if self.in_channels == 0:
-            x = self.const.to(dtype=dtype, memory_format=layout).unsqueeze(0).repeat(ws[0].shape[0], 1, 1, 1)
+            x = self.const.to(dtype).unsqueeze(0).repeat(ws[0].shape[0], 1, 1, 1)
+            x = x.contiguous(memory_format=layout)
             x = self.conv1(x, next(w_iter), e, **layer_kwargs)
         elif self.architecture == "resnet":
             x = x.to(dtype=dtype, memory_format=layout)
