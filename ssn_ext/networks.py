@@ -113,8 +113,8 @@ def expected_variance(weight, styles, borders="circular", flip_weight=True):
     constant styles. With 'zero_padded' ones a tap that is off the centre misses the rows and columns that its
     shift moves out.
     """
-    energy = styles.float().square()
-    squares = weight.float().square()
+    dtype = torch.promote_types(styles.dtype, torch.float32)  # never in half precision
+    energy, squares = styles.to(dtype).square(), weight.to(dtype).square()
     if borders == "circular":
         return energy.mean(dim=[2, 3]).matmul(squares.sum(dim=[2, 3]).t())
     assert borders == "zero_padded", borders

@@ -36,7 +36,7 @@ def index_of(sizes):
 def price(index):
     """[B, D]: what ldbr_dist pays per squared change of a value when a block is re-drawn."""
     outside = index[None] != torch.arange(int(index.max()) + 1)[:, None]
-    return outside / (outside.sum(dim=1, keepdim=True) * len(outside))
+    return outside.double() / (outside.sum(dim=1, keepdim=True) * len(outside))
 
 
 def simulate(generator, index, size, count, seed=0):
@@ -79,7 +79,7 @@ def test_two_blocks_agree_with_helstrom(sizes):
     # min over 0 <= Q <= 1 of tr Q D_0 + tr (1 - Q) D_1  =  tr D_1 - tr (D_1 - D_0)_+
     index = index_of(sizes)
     C = random_cov(len(index), 4)
-    cost = [root(C) @ torch.diag(w) @ root(C) for w in price(index).double()]
+    cost = [root(C) @ torch.diag(w) @ root(C) for w in price(index)]
     gain = torch.linalg.eigvalsh(cost[1] - cost[0]).clamp(min=0).sum()
     expected = 2 * float(cost[1].trace() - gain)
     result = ldbr_floor(C, index, **TIGHT)
@@ -87,7 +87,7 @@ def test_two_blocks_agree_with_helstrom(sizes):
     assert result.lower_bound == pytest.approx(expected, rel=1e-5)
 
 
-def test_equally_correlated_values_reach_the_least_square_root_bound():
+def test_equally_correlated_values_are_best_served_by_zca():
     # C = (1 - r) 1 + r J over B single values is symmetric under all permutations; then Q_a = P_a is optimal.
     B, r = 6, 0.4
     C = (1 - r) * torch.eye(B, dtype=torch.float64) + r
@@ -112,7 +112,7 @@ def test_equals_the_literal_iteration(sizes):
     """Q_a <- X^-1 M_a Q_a M_a X^-1 with full matrices, M_a = C^(1/2) (top - w_a (1 - P_a)) C^(1/2)."""
     index = index_of(sizes)
     C = random_cov(len(index), 5)
-    w = price(index).double()
+    w = price(index)
     M = torch.stack([root(C) @ torch.diag(w.max() - row) @ root(C) for row in w])
     Q = torch.stack([torch.diag((index == a).double()) for a in range(len(w))])
     for _ in range(3):
@@ -135,7 +135,7 @@ def test_no_decomposition_found_by_descent_is_better(sizes, rank):
     values, vectors = torch.linalg.eigh(C)
     A = (vectors * values.clamp(min=0).sqrt())[:, values > 1e-10]
     k = A.shape[1]
-    w = price(index).double()
+    w = price(index)
     raw = torch.randn([k, len(w) * k], dtype=torch.float64, generator=rng(1)).requires_grad_()
     descent = torch.optim.LBFGS([raw], max_iter=400, line_search_fn="strong_wolfe", tolerance_change=1e-14)
 
@@ -258,13 +258,13 @@ def test_masks_are_the_block_of_each_value():
 
 
 @pytest.mark.parametrize("sizes", [[4, 4, 4, 4], [7, 2, 4, 3]])
-@pytest.mark.parametrize("cutoff", [1e-2, 1e-4])
+@pytest.mark.parametrize("cutoff", [2e-2, 2e-4])
 def test_floor_and_bound_hold_for_the_whole_covariance_whatever_is_cut_off(sizes, cutoff):
     scales = torch.logspace(0, -3, 16, dtype=torch.float64)
     basis = torch.linalg.qr(torch.randn([16, 16], dtype=torch.float64, generator=rng(16))).Q
     C = (basis * scales**2) @ basis.T
     whole = ldbr_floor(C, index_of(sizes), **TIGHT)
-    part = ldbr_floor(C, index_of(sizes), tolerance=1e-7, max_iterations=3000, cutoff=cutoff)
+    part = ldbr_floor(C, index_of(sizes), tolerance=1e-6, max_iterations=1000, cutoff=cutoff)
     assert part.rank == int((scales**2 > cutoff).sum()) < whole.rank == 16
     assert part.lower_bound <= whole.floor and whole.lower_bound <= part.floor
     lost = float((scales**2)[part.rank :].sum() / (scales**2).sum())

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The spatial generator against StyleGAN2, brute force and its own invariances."""
 
+import functools
 import itertools
 import pickle
 
@@ -173,15 +174,14 @@ def test_gradients_of_the_modulated_convolution():
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)
         for shape in [(2, 2, 4, 4), (3, 2, 3, 3), (2, 2, 4, 4)]
     )
-    for borders in ["circular", "zero_padded"]:
+    for demodulation in [None, "circular", "zero_padded"]:
+        function = functools.partial(spatially_modulated_conv2d, padding=1, demodulation=demodulation)
 
-        def function(x, w, s, borders=borders):
-            # expected_variance computes in float32 by design; gradcheck wants float64, so demodulate here
-            scale = (brute_force_variance(w, s, borders, True) + 1e-8).rsqrt()
-            return spatially_modulated_conv2d(x, w, s, padding=1, demodulation=None) * scale[:, :, None, None]
+        def call(x, w, s, function=function):
+            return function(x, w, s)
 
-        assert torch.autograd.gradcheck(function, (x, w, s))
-        assert torch.autograd.gradgradcheck(function, (x, w, s))
+        assert torch.autograd.gradcheck(call, (x, w, s))
+        assert torch.autograd.gradgradcheck(call, (x, w, s))
 
 
 def test_resize_keeps_constants_and_means():
@@ -266,12 +266,8 @@ def test_path_length_gradients_reach_every_parameter():
     (jacobian,) = torch.autograd.grad((img * torch.randn_like(img)).sum(), ws, create_graph=True)
     jacobian.square().sum().backward()
     used = {name for name, p in G.named_parameters() if p.grad is not None and bool((p.grad != 0).any())}
-    expected = {
-        name
-        for name, p in G.named_parameters()
-        if "b16.torgb.bias" not in name and not name.endswith("torgb.bias")
-    }
-    assert expected <= used | {f"mapping.fc{i}.bias" for i in range(2)}
+    # the gradient by ws does not depend on what is only added to the picture
+    assert used == {name for name, _p in G.named_parameters() if not name.endswith("torgb.bias")}
 
 
 def test_second_derivatives_of_a_whole_tiny_network():
