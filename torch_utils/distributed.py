@@ -75,6 +75,16 @@ def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
 
 
 @torch.no_grad()
+def average(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of `tensor` over all processes, detached; all processes must call it."""
+    tensor = tensor.detach().clone()
+    if get_world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= get_world_size()
+    return tensor
+
+
+@torch.no_grad()
 def all_reduce_gradients(params: Iterable) -> None:
     """Averages the gradients over all processes, in one reduction, then mends them: nan -> 0, +-inf -> +-1e5.
 

@@ -11,7 +11,7 @@ from collections import namedtuple
 import torch
 from torch.nn.functional import softplus
 
-from torch_utils import training_stats
+from torch_utils import distributed, training_stats
 from torch_utils.ops import conv2d_gradfix
 
 Batch = namedtuple("Batch", "real_img real_c gen_z gen_c")
@@ -151,7 +151,7 @@ class StyleGAN2Loss(Loss):
             )  # [N', num_ws, w_dim]
         lengths = jacobian.square().sum(dim=2).mean(dim=1).sqrt()
         mean = self.pl_mean.lerp(lengths.mean(), self.pl_decay)
-        self.pl_mean = mean.detach()
+        self.pl_mean = distributed.average(mean)  # one for all processes, so that a checkpoint holds all
         penalty = training_stats.report("Loss/pl_penalty", (lengths - mean).square())
         return training_stats.report("Loss/G/reg", penalty * self.pl_weight)
 
