@@ -274,7 +274,8 @@ def test_second_derivatives_of_a_whole_tiny_network():
     torch.manual_seed(0)
     G = SpatialGenerator(
         z_dim=8, c_dim=0, w_dim=8, img_resolution=4, img_channels=1, latent_grid=[2, 2],
-        mapping_kwargs=dict(num_layers=1), synthesis_kwargs=dict(channel_base=8, channel_max=2, encoder_kwargs=dict(channels=2), activation="linear"),
+        mapping_kwargs=dict(num_layers=1),
+        synthesis_kwargs=dict(channel_base=8, channel_max=2, encoder_kwargs=dict(channels=2), activation="linear"),
     ).requires_grad_(False)  # fmt: skip
     ws = torch.randn(1, G.num_ws, G.w_dim, requires_grad=True)
     direction = torch.randn(1, 1, 4, 4)
