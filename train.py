@@ -2,7 +2,6 @@
 """Train a GAN: parse, make_config, show, launch. The configs themselves are registered (training/configs,
 plug-ins)."""
 
-import functools
 import json
 import os
 import sys
@@ -62,7 +61,7 @@ class Command(click.Command):
 
 def _options(command):
     """Adds the options to the click command; those of plug-ins must be registered by now."""
-    opt = functools.partial(click.option)
+    opt = click.option
     own = [
         opt("--outdir", help="Where the run directories go", metavar="DIR", required=True),
         opt(
@@ -261,12 +260,9 @@ def worker(rank, c):
     with dnnlib.util.Logger(file_name=os.path.join(c.run_dir, "log.txt"), file_mode="a", should_flush=True):
         try:
             complete = training_loop(rank=rank, **c)
-        except ValueError as err:  # the user's mistakes; anything else is ours and shows its traceback
-            if (
-                type(err).__module__.split(".")[0] not in ("training", "metrics")
-                and "_ext" not in type(err).__module__
-            ):
-                raise
+        except (OSError, ValueError) as err:
+            if isinstance(err, ValueError) and type(err) is ValueError:
+                raise  # not one of our own messages to the user: show where it came from
             print(f"Error: {err}")
             sys.exit(1)
     if not complete and c.num_gpus == 1:  # of several processes each just ends
@@ -278,8 +274,9 @@ def launch(c, command):
     from torch_utils import distributed
 
     os.makedirs(c.run_dir, exist_ok=c.get("exact_resume", False))
-    with open(os.path.join(c.run_dir, "training_options.json"), "w", encoding="utf-8") as f:
-        json.dump(dict({k: v for k, v in c.items() if k != "exact_resume"}, command=command), f, indent=2)
+    saved = dict({k: v for k, v in c.items() if k != "exact_resume"}, command=command)
+    with dnnlib.util.open_atomic(os.path.join(c.run_dir, "training_options.json")) as f:
+        f.write(json.dumps(saved, indent=2).encode("utf-8"))
     print("Launching processes...")
     distributed.launch(worker, c.num_gpus, args=(c,), device_type=c.device)
 

@@ -218,16 +218,20 @@ class Metrics(Hook):
 
         run.say("Evaluating metrics...")
         for name in self.names:
-            result = metric_main.calc_metric(
-                metric=name,
-                G=run.G_ema,
-                dataset_kwargs=run.c.training_set_kwargs,
-                num_gpus=run.c.num_gpus,
-                rank=run.rank,
-                device=run.device,
-                run_dir=run.c.run_dir,
-                **run.c.metric_kwargs,
-            )
+            try:
+                result = metric_main.calc_metric(
+                    metric=name,
+                    G=run.G_ema,
+                    dataset_kwargs=run.c.training_set_kwargs,
+                    num_gpus=run.c.num_gpus,
+                    rank=run.rank,
+                    device=run.device,
+                    run_dir=run.c.run_dir,
+                    **run.c.metric_kwargs,
+                )
+            except (OSError, ValueError) as err:  # a metric that fails must not end a training
+                run.say(f"Warning: {name} could not be computed: {err}")
+                continue
             if run.is_main:
                 metric_main.report_metric(result, run_dir=run.c.run_dir, snapshot_pkl=run.snapshot_pkl)
 

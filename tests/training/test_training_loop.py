@@ -205,6 +205,34 @@ def test_transfer_refuses_other_widths(pictures, tmp_path):
         training_loop.training_loop(**second)
 
 
+def test_metrics_of_snapshots_and_one_that_fails(pictures, tmp_path, monkeypatch, capsys):
+    """The results are appended; a metric that cannot be computed is a warning, and training goes on."""
+    from metrics import metric_main
+
+    def mean_of_weights(opts):
+        return dict(mean_of_weights=float(next(opts.G.parameters()).mean()))
+
+    def broken(opts):
+        raise ValueError("no such thing")
+
+    for fn in [mean_of_weights, broken]:
+        monkeypatch.setitem(metric_main.METRICS._targets, fn.__name__, fn)
+    c = options(pictures, tmp_path / "run", metrics=["broken", "mean_of_weights"])
+    assert training_loop.training_loop(**c) is True
+    assert "Warning: broken could not be computed: no such thing" in capsys.readouterr().out
+    lines = (tmp_path / "run" / "metric-mean_of_weights.jsonl").read_text().splitlines()
+    assert [json.loads(line)["snapshot_pkl"] for line in lines] == ["network-snapshot-000000.pkl"] * 2
+
+
+def test_training_goes_on_without_detectors(pictures, tmp_path, capsys):
+    """A detector that is not there: one warning at the start."""
+    c = options(
+        pictures, tmp_path / "run", metrics=["fid50k_full"], metric_kwargs=dict(detector="/no/such/file")
+    )
+    assert training_loop.training_loop(**c) is True
+    assert capsys.readouterr().out.count("Warning: training without metrics") == 1
+
+
 def test_abort_fn_and_progress_fn(pictures, tmp_path):
     calls = []
     c = options(pictures, tmp_path / "run")
