@@ -33,6 +33,7 @@ def grads(rank):
 def work(rank, folder):
     seen = dict(rank=distributed.get_rank(), size=distributed.get_world_size(), main=distributed.is_main())
     seen["object"] = distributed.broadcast_object(["from", rank] if rank == 1 else None, src=1)
+    seen["average"] = distributed.average(torch.tensor([rank, 4.0 * rank])).tolist()
     seen["any"] = [distributed.any_rank(flag) for flag in (rank == 1, False, True)]
 
     params = [torch.nn.Parameter(torch.zeros_like(g)) for g in grads(rank)]
@@ -119,6 +120,7 @@ class TestTwoProcesses:
         assert [(r["rank"], r["size"], r["main"]) for r in results] == [(0, 2, True), (1, 2, False)]
         assert [r["object"] for r in results] == [["from", 1]] * 2
         assert [r["any"] for r in results] == [[True, False, True]] * 2
+        assert [r["average"] for r in results] == [[0.5, 2.0]] * 2
 
     def test_gradients_are_the_mended_mean(self, results):
         draws = []
@@ -158,6 +160,7 @@ class TestAlone:
         distributed.barrier()
         thing = object()
         assert distributed.broadcast_object(thing) is thing
+        assert distributed.average(torch.tensor([3.0])).tolist() == [3.0]
         assert distributed.any_rank(True) is True and distributed.any_rank(False) is False
         distributed.broadcast_module(torch.nn.Linear(1, 1))
 
