@@ -63,7 +63,7 @@ def _options(command):
     """Adds the options to the click command; those of plug-ins must be registered by now."""
     opt = click.option
     own = [
-        opt("--outdir", help="Where the run directories go", metavar="DIR", required=True),
+        opt("--outdir", help="Where the run directories go; needed for a new run", metavar="DIR"),
         opt(
             "--gpus",
             help="Processes, one per GPU; 0 trains on the CPU",
@@ -91,7 +91,7 @@ def _options(command):
             help="Detector of the metrics: a local path, or efficientnet-lite0  [default: the metric's own]",
             metavar="NAME",
         ),
-        opt("--seed", help="Random seed", type=int, default=0, show_default=True, metavar="INT"),
+        opt("--seed", help="Random seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True),
         opt("-n", "--dry-run", help="Print the options and exit", is_flag=True),
         opt("--data", help="Training pictures: folder, zip, or 'demo'", metavar="PATH"),
         opt("--cond", help="Train a conditional model on the data set's labels", type=bool, metavar="BOOL"),
@@ -147,6 +147,8 @@ def find_run(outdir, resume):
     if resume is None or resume in configs.PUBLISHED:
         return None
     if resume == "latest":
+        if outdir is None:
+            raise configs.ConfigError("--resume=latest needs --outdir: where the runs are")
         runs = [
             path
             for _n, path in configs.run_dirs(outdir)
@@ -216,6 +218,8 @@ def plan(options, given):
         c, command = continue_config(run_dir, {k: options[k] for k in given})
         c.exact_resume = True
     else:
+        if options["outdir"] is None:
+            raise configs.ConfigError("--outdir is required: where the run directory is to be made")
         command["resume"] = options["resume"]
         c, desc = configs.make_config(command)
         run_dir = configs.next_run_dir(options["outdir"], desc)
@@ -233,7 +237,9 @@ def show(c, command):
         "Output directory": c.run_dir,
         "Training data": c.training_set_kwargs.path,
         "Training duration": f"{c.total_kimg} kimg",
-        "Number of GPUs": "none (CPU)" if c.device == "cpu" else c.num_gpus,
+        "Number of GPUs": c.num_gpus
+        if c.device != "cpu"
+        else f"none (CPU, {c.num_gpus} process{'es' * (c.num_gpus > 1)})",
         "Number of images": c.training_set_kwargs.max_size,
         "Image resolution": c.training_set_kwargs.resolution,
         "Conditional model": c.training_set_kwargs.use_labels,
@@ -263,7 +269,8 @@ def worker(rank, c):
         except (OSError, ValueError) as err:
             if isinstance(err, ValueError) and type(err) is ValueError:
                 raise  # not one of our own messages to the user: show where it came from
-            print(f"Error: {err}")
+            text = str(err)  # of an error in a worker process, the last line alone
+            print(f"Error: {text.strip().splitlines()[-1] if text.startswith('Caught ') else text}")
             sys.exit(1)
     if not complete and c.num_gpus == 1:  # of several processes each just ends
         sys.exit(130)
@@ -295,7 +302,10 @@ def _main(ctx, **options):
     if options["dry_run"]:
         print("Dry run; exiting.")
         return
-    launch(c, command)
+    try:
+        launch(c, command)
+    except OSError as err:
+        raise click.ClickException(f"--outdir: {err}") from err
 
 
 def build_command():

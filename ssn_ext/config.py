@@ -25,10 +25,15 @@ def ssn(c, opts):
         plain = c.G_kwargs
     else:
         plain, grid = widths_of(opts.source, c, grid if opts.latent_grid else None)
+    if max(grid) > resolution:
+        raise ConfigError(
+            f"--latent-grid: {grid[0]}x{grid[1]} blocks do not fit into {resolution} pixels a side"
+        )
     c.G_kwargs = dnnlib.EasyDict(spatial_kwargs(plain, grid), class_name="ssn_ext.networks.SpatialGenerator")
     synthesis = c.G_kwargs.synthesis_kwargs = dnnlib.EasyDict(c.G_kwargs.get("synthesis_kwargs", {}))
-    # a quarter of the widest layer: 128 of 512, and as small a part of a small network
-    synthesis.setdefault("encoder_kwargs", dict(channels=max(synthesis.get("channel_max", 512) // 4, 8)))
+    if not hasattr((opts.source or {}).get("G_ema"), "latent_grid"):
+        # a quarter of the widest layer: 128 of 512, and as small a part of a small network
+        synthesis.setdefault("encoder_kwargs", dict(channels=max(synthesis.get("channel_max", 512) // 4, 8)))
     if opts.encoder_init:
         synthesis.encoder_init = opts.encoder_init
     if opts.demodulation:

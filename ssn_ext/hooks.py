@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tick hook of spatial generators: a sheet of change maps beside each grid of fakes."""
 
+import numpy as np
 import torch
 
 from ssn_ext import figures, resampling
@@ -30,7 +31,7 @@ class ChangeMaps(Hook):
             return
         G, device = run.G_ema, run.device
         count = G.latent_grid[0] * G.latent_grid[1]
-        shown = list(range(0, count, max(count // 16, 1)))[:16]
+        shown = sorted({round(i) for i in np.linspace(0, count - 1, min(count, 16))})
         pictures = resampling.resample_each(
             G, self.z.to(device), self.c.to(device), self.fresh.to(device), shown
         )

@@ -31,7 +31,7 @@ class DistortionRegularizedLoss(StyleGAN2Loss):
     def phase_rows(self, G_reg_interval=4, D_reg_interval=16):
         """StyleGAN2's phases and, unless lambda_d is 0, Gdist after the other phases of G."""
         rows = super().phase_rows(G_reg_interval, D_reg_interval)
-        if self.lambda_d != 0:
+        if self.lambda_d != 0 and self.G_mapping.latent_grid != [1, 1]:  # one block has no outside
             after = sum(row.net == "G" for row in rows)
             rows.insert(after, PhaseRow("Gdist", "G", self.dist_interval))
         return rows

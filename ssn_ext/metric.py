@@ -27,12 +27,17 @@ def ldbr_dist(opts):
     also drawn into influence.png of the run directory.
     """
     G = prepared(opts)
+    source = detector = None
+    if opts.detector is not None:
+        source = detectors.choose("vgg16", opts.detector)
+        detector = metric_utils.open_detector(opts, source.source)  # by all processes together
     if opts.rank != 0:
         return {}
     matrices = influence_samples(opts, G, NUM_LATENTS).numpy()  # [N, B, B]
     result = summarise_influence(matrices, G.latent_grid, [G.img_resolution] * 2)
-    if opts.detector is not None:
-        result.update(perceptual_changes(opts, G, NUM_PERCEPTUAL))
+    if detector is not None:
+        for key, value in perceptual_changes(opts, G, detector, NUM_PERCEPTUAL).items():
+            result[detectors.result_name(key, source)] = value
     opts.details.update(num_latents=NUM_LATENTS, noise_mode="const")
     if opts.run_dir is not None and os.path.isdir(opts.run_dir):
         picture = figures.influence_picture(matrices.mean(axis=0), G.latent_grid)
@@ -125,14 +130,12 @@ def summarise_influence(matrices, grid, shape):
 
 
 @torch.no_grad()
-def perceptual_changes(opts, G, count):
+def perceptual_changes(opts, G, detector, count):
     """Change outside and inside a re-drawn block in the detector's perceptual distance, with standard errors.
 
     Outside: between g(z) and g(z^a) with block a pasted back; inside: between g(z) and g(z) with block a of
     g(z^a) pasted in.
     """
-    source = detectors.choose("vgg16", opts.detector)
-    detector = metric_utils.open_detector(opts, source.source)
     masks = blocks.block_masks(G.latent_grid, [G.img_resolution] * 2, device=opts.device)
     progress = opts.progress.sub(tag="perceptual", num_items=count, flush_interval=16)
     values = {"outside": [], "inside": []}
@@ -150,7 +153,7 @@ def perceptual_changes(opts, G, count):
     result = {}
     for key, parts in values.items():
         samples = torch.cat(parts).double()
-        name = detectors.result_name(f"ldbr_dist_perceptual_{key}", source)
+        name = f"ldbr_dist_perceptual_{key}"
         result[name] = float(samples.mean())
         result[f"{name}_stderr"] = float(samples.std() / len(samples) ** 0.5)
     return result

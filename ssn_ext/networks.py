@@ -56,9 +56,7 @@ def _resize_map(x, height, width):
     return x
 
 
-MATRIX_LIMIT = (
-    64  # positions: a small grid is resized by one matrix product, with a gradient of the same kind
-)
+MATRIX_LIMIT = 64  # positions: so small a grid is resized by one matrix product
 _matrices = {}
 
 
@@ -69,7 +67,10 @@ def _resize_matrix(h, w, height, width, dtype, device):
         with torch.no_grad():
             units = torch.eye(h * w, dtype=torch.float64).reshape(h * w, 1, h, w)
             matrix = _resize_map(units, height, width).flatten(1).t().contiguous()
-        _matrices[key] = matrix.to(dtype=dtype, device=device)
+            matrix = matrix.to(dtype=dtype, device=device)
+        if hasattr(matrix, "is_inference") and matrix.is_inference():
+            return matrix  # made in inference mode, which later gradients could not use
+        _matrices[key] = matrix
     return _matrices[key]
 
 

@@ -59,11 +59,18 @@ def spatial_kwargs(G_kwargs, latent_grid):
 
 
 def constructor_kwargs(network):
-    """The arguments that a persistent network was built with, all by name."""
-    names = list(inspect.signature(type(network).__mro__[1].__init__).parameters)[
-        1:
-    ]  # of the class that was decorated
-    return copy.deepcopy({**dict(zip(names, network.init_args, strict=False)), **network.init_kwargs})
+    """The arguments that a persistent network was built with, all by name, in stylegan2-ada-pytorch's form.
+
+    stylegan3's StyleGAN2 takes the options of its synthesis network flat, with other defaults for two of them.
+    """
+    parameters = list(inspect.signature(type(network).__mro__[1].__init__).parameters.values())[1:]
+    own = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    kwargs = copy.deepcopy({**dict(zip(own, network.init_args, strict=False)), **network.init_kwargs})
+    if len(own) < len(parameters):
+        flat = {name: kwargs.pop(name) for name in list(kwargs) if name not in own}
+        flat.pop("fused_modconv_default", None)
+        kwargs["synthesis_kwargs"] = {"conv_clamp": 256, "num_fp16_res": 4, **flat}
+    return kwargs
 
 
 def from_stylegan2(G, latent_grid=(4, 4), **synthesis_kwargs):

@@ -10,9 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import PIL.Image
 import pytest
 from click.testing import CliRunner
 
+import dnnlib
 import train
 from dnnlib.plugins import load_plugins
 from ssn_ext import transfer
@@ -135,6 +137,8 @@ def test_options_do_what_they_say(tmp_path):
     assert plan("--gpus=0")["device"] == "cpu" and plan("--device=cpu")["device"] == "cpu"
     assert plan("--aug=noaug").get("augment_kwargs") is None
     assert plan("--set=loss_kwargs.pl_weight=0")["loss_kwargs"]["pl_weight"] == 0
+    assert plan("--cfg=ssn", "--set=loss_kwargs.pl_weight=0")["loss_kwargs"]["pl_weight"] == 0
+    assert plan("--resume=noresume")["run_dir"].endswith("-auto1-noresume")
     assert not os.path.exists("/nowhere")
 
 
@@ -156,6 +160,18 @@ def test_options_do_what_they_say(tmp_path):
         (["--augpipe=bg", "--aug=noaug"], "--augpipe cannot be specified with --aug=noaug"),
         (["--metrics=fid"], "--metrics can only contain the following values:"),
         (["--lambda-d=5"], "--lambda-d has no use with --cfg=auto; it goes with ssn"),
+        (["--cfg=ssn", "--set=loss_kwargs.kwargs=1"], "--set loss_kwargs.kwargs: kwargs is not known there"),
+        (
+            ["--cfg=ssn", "--latent-grid=64x64"],
+            "--latent-grid: 64x64 blocks do not fit into 32 pixels a side",
+        ),
+        (
+            ["--set=G_kwargs.synthesis_kwargs.bogus=1"],
+            "--set G_kwargs.synthesis_kwargs.bogus: bogus is not known there",
+        ),
+        (["--gpus=0", "--device=cuda"], "--gpus=0 is the CPU, --device=cuda is not"),
+        (["--seed=-1"], "Invalid value for '--seed'"),
+        (["--resume=/no/such.pkl"], "--resume: /no/such.pkl is neither a run directory, a file, nor a URL"),
         (["--cfg=ssn", "--latent-grid=4"], "--latent-grid=4: expected rows x columns, such as 4x4"),
         (["--set=G_kwarg.x=1"], "--set G_kwarg.x: no G_kwarg; there are "),
         (
@@ -174,9 +190,21 @@ def test_mistakes_get_one_clear_line(args, message):
     assert error(*args).startswith(message)
 
 
-def test_missing_data_is_named():
+def test_missing_options_are_named():
     output, status = run("--outdir=/nowhere", "--dry-run")
     assert status == 2 and "--data is required" in output
+    output, status = run("--data=demo", "--dry-run")
+    assert status == 2 and "--outdir is required" in output
+    output, status = run("--resume=latest", "--dry-run")
+    assert status == 2 and "--resume=latest needs --outdir" in output
+
+
+@pytest.mark.parametrize(
+    "size,message", [((24, 24), "must be 4, 8, 16, ... pixels a side, not 24"), ((8, 16), "quare")]
+)
+def test_pictures_of_unusable_sizes(tmp_path, size, message):
+    PIL.Image.new("RGB", size).save(tmp_path / "one.png")
+    assert message in error(f"--data={tmp_path}")
 
 
 def test_help_shows_plugin_options_under_their_heading():
@@ -214,6 +242,9 @@ def test_spatial_config_takes_the_grid_of_a_spatial_source(stylegan2_pkl, tmp_pa
     snapshot.save_network_pkl(path, G=S, D=source["D"], G_ema=S)
     c = plan("--cfg=ssn", f"--resume={path}")
     assert c["G_kwargs"]["latent_grid"] == [2, 4] and c["G_kwargs"]["z_dim"] == 12 * 8
+    # the encoder of the source, whatever its widths: the loop can build on it
+    kwargs = dict(c["G_kwargs"], img_resolution=32, img_channels=3, c_dim=0)
+    assert S.state_dict().keys() == dnnlib.util.construct_class_by_name(**kwargs).state_dict().keys()
     c = plan("--cfg=ssn", f"--resume={path}", "--latent-grid=4x4")
     assert c["G_kwargs"]["latent_grid"] == [4, 4] and c["G_kwargs"]["z_dim"] == 12 * 16
 
@@ -252,16 +283,23 @@ def start(*args):
     command = [sys.executable, str(ROOT / "train.py"), *map(str, args)]
     env = dict(os.environ, OMP_NUM_THREADS="1")
     return subprocess.Popen(
-        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command,
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
     )
 
 
 def test_a_terminated_run_saves_and_goes_on(tmp_path):
-    """SIGTERM during training, then --resume=latest with fewer options and with refused ones."""
-    with start(f"--outdir={tmp_path}", *TINY) as process:
+    """SIGTERM to the whole group, workers included, as `timeout` and job schedulers send it; then
+    --resume=latest with fewer options and with refused ones."""
+    with start(f"--outdir={tmp_path}", *TINY, "--workers=1") as process:
         for line in process.stdout:
             if line.startswith("tick 2"):
-                process.send_signal(signal.SIGTERM)
+                os.killpg(process.pid, signal.SIGTERM)
                 break
         output = process.stdout.read()
     assert process.returncode == 130, output

@@ -5,7 +5,10 @@ Plain torch.distributed, no wrapper modules. Everything but launch() and init_pr
 process that stands alone, so that callers need not ask.
 """
 
+import os
+import signal
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -65,13 +68,18 @@ def broadcast_object(obj: Any, src: int = 0) -> Any:
     return box[0]
 
 
+def any_ranks(flags: list, device: torch.device | str = "cpu") -> list:
+    """any_rank() of several flags at once."""
+    if get_world_size() == 1:
+        return [bool(flag) for flag in flags]
+    box = torch.tensor([float(bool(flag)) for flag in flags], device=device)
+    dist.all_reduce(box, op=dist.ReduceOp.MAX)
+    return [bool(value) for value in box.tolist()]
+
+
 def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
     """Whether `flag` is true in any process. All must call it; `device` is where they communicate."""
-    if get_world_size() == 1:
-        return bool(flag)
-    box = torch.tensor([float(bool(flag))], device=device)
-    dist.all_reduce(box, op=dist.ReduceOp.MAX)
-    return bool(box.item())
+    return any_ranks([flag], device)[0]
 
 
 @torch.no_grad()
@@ -148,16 +156,29 @@ def _work(rank: int, fn: Callable, world_size: int, init_method: str, device_typ
 
 
 def _join(context: Any) -> None:
-    """Waits for all processes. A failure in one stops all of them: politely at first, after 30 s for good."""
+    """Waits for all processes. A failure in one stops all of them; SIGTERM is passed on, for them to save."""
+
+    def pass_on(number: int, _frame: Any) -> None:
+        for process in context.processes:
+            if process.is_alive():
+                os.kill(process.pid, number)
+
+    before = signal.signal(signal.SIGTERM, pass_on) if _in_main_thread() else None
     try:
         while not context.join():
             pass
     except KeyboardInterrupt:
-        # They got the same Ctrl-C and may be saving their work; a second one kills them.
+        # they got the same Ctrl-C and may be saving their work; a second one kills them
         for process in context.processes:
             process.join()
         raise
     finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
         for process in context.processes:
             if process.is_alive():
                 process.kill()
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

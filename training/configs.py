@@ -163,7 +163,7 @@ def make_config(opts):
     c.metrics = ["fid50k_full"]
     c.metric_kwargs = dnnlib.EasyDict({} if opts.detector is None else {"detector": opts.detector})
     c.random_seed = opts.seed
-    c.device = opts.device if opts.gpus else "cpu"
+    c.device = _device(opts)
     desc = [_dataset(c, opts)]
     workers = dict(prefetch_factor=2) if opts.workers else {}
     c.data_loader_kwargs = dnnlib.EasyDict(pin_memory=True, num_workers=opts.workers, **workers)
@@ -215,7 +215,7 @@ class Options(dnnlib.EasyDict):
     @property
     def source(self):
         """Networks of the --resume file (dict with G, D, G_ema), or None without --resume."""
-        if self.resume is None:
+        if self.resume in (None, "noresume"):
             return None
         if "_source" not in self:
             from training import snapshot
@@ -232,6 +232,20 @@ def demo_file(name):
     return os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "demo", name)
 
 
+def _device(opts):
+    """'cpu', 'cuda', or None where the training loop is to choose."""
+    if opts.device == "cuda":
+        import torch
+
+        if not opts.gpus:
+            raise ConfigError("--gpus=0 is the CPU, --device=cuda is not: give one of them")
+        if torch.cuda.device_count() < opts.gpus:
+            raise ConfigError(
+                f"--device=cuda: --gpus={opts.gpus} asked for, {torch.cuda.device_count()} found"
+            )
+    return opts.device if opts.gpus else "cpu"
+
+
 def _dataset(c, opts):
     path = demo_file("lorelei32.zip") if opts.data == "demo" else opts.data
     if not path:
@@ -240,9 +254,11 @@ def _dataset(c, opts):
     kwargs.update(max_size=None, xflip=False)
     try:
         data = dnnlib.util.construct_class_by_name(**kwargs)
+        kwargs.update(resolution=data.resolution, use_labels=data.has_labels, max_size=len(data))
     except (OSError, ValueError) as err:
         raise ConfigError(f"--data: {err}") from err
-    kwargs.update(resolution=data.resolution, use_labels=data.has_labels, max_size=len(data))
+    if kwargs.resolution < 4 or kwargs.resolution & (kwargs.resolution - 1):
+        raise ConfigError(f"--data: pictures must be 4, 8, 16, ... pixels a side, not {kwargs.resolution}")
     desc = data.name
     if opts.cond:
         if not data.has_labels:
@@ -340,9 +356,11 @@ def resolve_resume(text):
 
 
 def _resume(c, opts):
-    if opts.resume is None:
-        return []
+    if opts.resume is None or opts.resume == "noresume":
+        return [opts.resume]
     c.resume_pkl = resolve_resume(opts.resume)
+    if not (dnnlib.util.is_url(c.resume_pkl, allow_file_urls=True) or os.path.isfile(c.resume_pkl)):
+        raise ConfigError(f"--resume: {opts.resume} is neither a run directory, a file, nor a URL")
     c.ema_rampup = None
     c.setdefault("ada_kimg", 100)
     return [f"resume{opts.resume}" if opts.resume in PUBLISHED else "resumecustom"]
@@ -395,30 +413,39 @@ def set_option(c, assignment):
             known = [key for key in target if isinstance(target[key], dict)]
             raise ConfigError(f"--set {path}: no {'.'.join(parents[: i + 1])}; there are {', '.join(known)}")
         target = target[name]
-    known = _known_names(target, top=not parents)
-    if known is not None and last not in known:
+    known = _known_names(c, parents)
+    if last not in known:
         raise ConfigError(f"--set {path}: {last} is not known there; there are {', '.join(sorted(known))}")
     target[last] = value
 
 
-def _known_names(target, top):
-    """Names that may be set in a dict of options, or None where only the class they go to can tell."""
-    if top:
+def _known_names(c, parents):
+    """Names that may be set in the dict at c.<parents>, as a set."""
+    if not parents:
         from training.training_loop import DEFAULTS
 
         return set(DEFAULTS)
-    if "class_name" not in target:
-        return None
-    cls = dnnlib.util.get_obj_by_name(target["class_name"])
-    names = (
-        set(inspect.signature(cls).parameters) if not hasattr(cls, "_orig_class_name") else _init_names(cls)
-    )
-    return names | set(target)
+    target = c
+    for name in parents:
+        target = target[name]
+    if "class_name" in target:
+        return _argument_names(dnnlib.util.get_obj_by_name(target["class_name"])) | set(target)
+    owner = c[parents[0]].get("class_name")  # options of its parts: synthesis_kwargs, mapping_kwargs, ...
+    if owner is None:
+        return set(target) | {"num_workers", "pin_memory", "prefetch_factor", "detector"}
+    module, _name = dnnlib.util.get_module_from_obj_name(owner)
+    parts = [each for each in vars(module).values() if isinstance(each, type)]
+    return set(target).union(*map(_argument_names, parts))
 
 
-def _init_names(cls):
-    """Arguments of a persistent class: those of the constructor it wraps."""
-    return set(inspect.signature(cls.__mro__[1].__init__).parameters) - {"self"}
+def _argument_names(cls):
+    """Names of all constructor arguments of a class and of those it derives from."""
+    names = set()
+    for each in cls.__mro__:
+        if "__init__" in vars(each) and each is not object:
+            parameters = inspect.signature(each.__init__).parameters.values()
+            names |= {p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    return names - {"self"}
 
 
 # --- run directories ----------------------------------------------------------------------------------------

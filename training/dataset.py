@@ -79,6 +79,11 @@ class Dataset(torch.utils.data.Dataset):
 
     # What others use.
 
+    @property
+    def num_raw(self) -> int:
+        """Number of pictures stored, before max_size and xflip."""
+        return self._raw_shape[0]
+
     def __getstate__(self) -> dict:
         return dict(self.__dict__, _raw_labels=None)
 

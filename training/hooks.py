@@ -15,8 +15,6 @@ from torch_utils import training_stats
 from torch_utils.images import save_image_grid
 from training import snapshot
 
-CHECKPOINT_SECONDS = 600  # a checkpoint at least this often, whatever --snap says
-
 
 class Hook:
     """What happens at the start of a run and at each of its ticks. `run` is training_loop.Run."""
@@ -48,7 +46,7 @@ class StatusLine(Hook):
         """Prints the line and reports its numbers as statistics."""
         run, tick = self.run, self.run.this_tick
         report = training_stats.report0
-        total = run.counters.seconds
+        total = run.total_seconds()
         per_kimg = tick.seconds / tick.images * 1e3
         left = max(run.c.total_kimg - run.kimg, 0) * per_kimg
         memory = psutil.Process(os.getpid()).memory_info().rss / 2**30
@@ -179,19 +177,12 @@ class StatsLog(Hook):
 
 
 class Checkpoints(Hook):
-    """checkpoint.pt with every snapshot, and at least every CHECKPOINT_SECONDS."""
-
-    def start(self):
-        """Begins to count the time since the last one."""
-        self.latest = time.monotonic()
+    """checkpoint.pt with every snapshot; the loop itself writes one where that takes too long."""
 
     def tick(self):
-        """Writes it when it is due."""
-        run = self.run
-        late = run.is_main and time.monotonic() - self.latest > CHECKPOINT_SECONDS
-        if run.done or run.snapshot_pkl is not None or run.any_process(late):
-            run.checkpoint_now()
-            self.latest = time.monotonic()
+        """Writes it when there was a snapshot."""
+        if self.run.snapshot_pkl is not None:
+            self.run.checkpoint_now()
 
 
 class Metrics(Hook):
@@ -203,11 +194,13 @@ class Metrics(Hook):
         from metrics import metric_main
 
         run = self.run
-        self.names = list(run.c.metrics)
-        problem = metric_main.why_unavailable(self.names, **run.c.metric_kwargs) if self.names else None
-        if problem:
-            run.say(f"Warning: training without metrics: {problem}")
-            self.names = []
+        self.names = []
+        for name in run.c.metrics:
+            problem = metric_main.why_unavailable([name], **run.c.metric_kwargs)
+            if problem:
+                run.say(f"Warning: training without {name}: {problem}")
+            else:
+                self.names.append(name)
 
     def tick(self):
         """Runs the metrics on the snapshot of this tick, if there is one."""
@@ -229,8 +222,8 @@ class Metrics(Hook):
                     run_dir=run.c.run_dir,
                     **run.c.metric_kwargs,
                 )
-            except (OSError, ValueError) as err:  # a metric that fails must not end a training
-                run.say(f"Warning: {name} could not be computed: {err}")
+            except Exception as err:  # a metric that fails must not end a training
+                run.say(f"Warning: {name} could not be computed: {type(err).__name__}: {err}")
                 continue
             if run.is_main:
                 metric_main.report_metric(result, run_dir=run.c.run_dir, snapshot_pkl=run.snapshot_pkl)

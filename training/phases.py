@@ -11,14 +11,13 @@ from torch_utils import distributed
 
 
 def lazy_correction(intervals):
-    """The factor c of lazy regularisation for one optimiser: 1 / (1 + sum of 1 / interval over its lazy
-    phases).
+    """The factor c of lazy regularisation for one optimiser: 1 / (steps it makes an iteration).
 
-    An optimiser that also steps every `interval` iterations makes 1 + sum 1/interval steps an iteration; with
-    lr * c and betas ** c it moves and forgets as if it made one (StyleGAN2, appendix B, for a single
-    interval).
+    intervals: of all its phases, the main one (1) included. An optimiser that also steps every `interval`
+    iterations makes 1 + sum 1/interval steps an iteration; with lr * c and betas ** c it moves and forgets as
+    if it made one (StyleGAN2, appendix B, for a single interval).
     """
-    return 1 / (1 + sum(1 / i for i in intervals if i > 1))
+    return 1 / sum(1 / interval for interval in intervals)
 
 
 def make_optimizer(params, intervals, class_name, **kwargs):

@@ -5,7 +5,9 @@ One iteration draws its random numbers from (seed, rank, images seen), so that a
 continued from its checkpoint makes the very draws of the run that was not.
 """
 
+import contextlib
 import copy
+import os
 import signal
 import time
 
@@ -16,6 +18,8 @@ import dnnlib
 from torch_utils import distributed, misc, training_stats
 from torch_utils.images import to_float
 from training import checkpoint, controllers, phases, snapshot
+
+CHECKPOINT_SECONDS = 600  # a checkpoint at least this often, whatever --snap says
 
 STANDARD_HOOKS = [
     "training.hooks.StatusLine",
@@ -75,15 +79,18 @@ def training_loop(rank=0, abort_fn=None, progress_fn=None, **config):
     run = Run(complete_config(config), rank, abort_fn, progress_fn)
     with StopSignals() as stop:
         run.stop = stop
-        run.start()
-        while not run.done:
-            if run.must_stop():
-                run.checkpoint_now()
-                run.say(f"Stopped at {run.kimg:.1f} kimg; go on with --resume={run.c.run_dir}")
-                return False
-            run.iterate()
-            if run.tick_due():
-                run.tick()
+        try:
+            run.start()
+            while not run.done:
+                if run.must_stop():
+                    run.checkpoint_now()
+                    run.say(f"Stopped at {run.kimg:.1f} kimg; go on with --resume={run.c.run_dir}")
+                    return False
+                run.iterate()
+                if run.tick_due():
+                    run.tick()
+        finally:
+            run.close()
     run.say("")
     run.say("Exiting...")
     return True
@@ -93,8 +100,11 @@ class StopSignals:
     """Context in which the first SIGINT or SIGTERM sets `requested`, and a second one acts as it always
     does."""
 
+    SAME = 2  # seconds within which further signals are the same request, sent to every process of a group
+
     def __enter__(self):
         self.requested = False
+        self.since = None
         self._old = {}
         try:
             for number in [signal.SIGINT, signal.SIGTERM]:
@@ -104,12 +114,15 @@ class StopSignals:
         return self
 
     def _handle(self, number, _frame):
-        self.requested = True
-        print(
-            f"\n{signal.Signals(number).name}: finishing this step and saving; once more stops at once.",
-            flush=True,
-        )
-        self._restore()
+        now = time.monotonic()
+        if self.since is None:
+            self.requested, self.since = True, now
+            with contextlib.suppress(OSError, RuntimeError):  # whoever reads our output may be gone already
+                name = signal.Signals(number).name
+                print(f"\n{name}: finishing this step and saving; once more stops at once.", flush=True)
+        elif now - self.since > self.SAME:
+            self._restore()
+            os.kill(os.getpid(), number)
 
     def _restore(self):
         while self._old:
@@ -120,9 +133,10 @@ class StopSignals:
         self._restore()
 
 
-def _ignore_interrupt(_worker_id):
-    """Workers leave Ctrl-C to the process that can save."""
+def _ignore_signals(_worker_id):
+    """Workers leave Ctrl-C, and a SIGTERM to the whole group, to the process that can save."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def draw_seed(random_seed, rank, nimg):
@@ -148,12 +162,23 @@ class Run:
     def say(self, text):
         """Prints on the main process."""
         if self.is_main:
-            print(text, flush=True)
+            with contextlib.suppress(BrokenPipeError):  # a reader that left must not end a training
+                print(text, flush=True)
+
+    def close(self):
+        """Ends the processes that load data."""
+        shut_down = getattr(getattr(self, "batches", None), "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
 
     @property
     def kimg(self):
         """Thousands of images seen."""
         return self.counters.nimg / 1e3
+
+    def total_seconds(self):
+        """Seconds spent on this run, in all its sessions."""
+        return self.seconds_before + time.time() - self.began
 
     # --- setting up -----------------------------------------------------------------------------------------
 
@@ -166,12 +191,14 @@ class Run:
             torch.backends.cudnn.allow_tf32 = c.allow_tf32
         np.random.seed(c.random_seed * c.num_gpus + self.rank)
         torch.manual_seed(c.random_seed)  # every process builds the same networks
-        self.counters = checkpoint.Counters(nimg=0, tick=0, tick_start_nimg=0, seconds=0.0)
         self._load_data()
+        numbers = dict(nimg=0, tick=0, tick_start_nimg=0, seconds=0.0)
+        self.counters = checkpoint.Counters(**numbers, num_raw=self.training_set.num_raw)
         self._build_networks()
         self._build_training()
         if c.exact_resume:
             self.checkpoint.load(c.run_dir)
+            self._check_data()
             if self.is_main:
                 checkpoint.cut_back_logs(c.run_dir, self.kimg)
             self.say(f"Continuing at {self.kimg:.1f} kimg...")
@@ -189,7 +216,9 @@ class Run:
         self.batches = self._iterate_data()
         self.say(f"Training for {c.total_kimg} kimg...")
         self.say("")
-        self.tick_began = time.time()
+        self.seconds_before = self.counters.seconds
+        self.tick_began, self.tick_began_nimg = time.time(), self.counters.nimg
+        self.saved = time.monotonic()
         self.maintenance_seconds = self.tick_began - self.began
 
     def _load_data(self):
@@ -200,6 +229,14 @@ class Run:
         self.say(f"Image shape: {self.training_set.image_shape}")
         self.say(f"Label shape: {self.training_set.label_shape}")
         self.say("")
+
+    def _check_data(self):
+        had, has = self.counters.num_raw, self.training_set.num_raw
+        if had != has:
+            raise checkpoint.CheckpointError(
+                f"{self.c.training_set_kwargs.path} holds {has} pictures, {had} when the run began: exact"
+                " continuation is not possible; start a new run from a snapshot"
+            )
 
     def _iterate_data(self):
         """Endless batches (images uint8 [n, C, H, W], labels) from the place where the run stands."""
@@ -215,7 +252,7 @@ class Run:
         if options.get("num_workers", 0) == 0:
             options.pop("prefetch_factor", None)
         else:
-            options["worker_init_fn"] = _ignore_interrupt
+            options["worker_init_fn"] = _ignore_signals
         options["pin_memory"] = options.get("pin_memory", False) and self.device.type == "cuda"
         loader = torch.utils.data.DataLoader(
             dataset=self.training_set,
@@ -333,11 +370,10 @@ class Run:
         """Closes a tick: statistics, then the hooks in their order."""
         now = time.time()
         counters = self.counters
-        counters.seconds += now - self.tick_began + self.maintenance_seconds
         self.this_tick = dnnlib.EasyDict(
             index=counters.tick,
             seconds=now - self.tick_began,
-            images=counters.nimg - counters.tick_start_nimg,
+            images=counters.nimg - self.tick_began_nimg,  # those of this session only, as the seconds
             maintenance=self.maintenance_seconds,
         )
         if self.abort_fn is not None and not self.done and self.abort_fn():
@@ -348,19 +384,21 @@ class Run:
         counters.tick_start_nimg = counters.nimg
         for hook in self.hooks:
             hook.tick()
-        self.tick_began = time.time()
+        self.tick_began, self.tick_began_nimg = time.time(), counters.nimg
         self.maintenance_seconds = self.tick_began - now
 
     def must_stop(self):
-        """Whether any process was asked to stop; all processes agree."""
-        return self.any_process(self.stop is not None and self.stop.requested)
-
-    def any_process(self, flag):
-        """Whether `flag` is true in any process; all processes must call this together."""
-        return distributed.any_rank(flag, device=self.device)
+        """Whether any process was asked to stop; all processes agree. Saves a checkpoint where it is time."""
+        late = self.is_main and time.monotonic() - self.saved > CHECKPOINT_SECONDS
+        stop, late = distributed.any_ranks([self.stop.requested, late], device=self.device)
+        if late and not stop:
+            self.checkpoint_now()
+        return stop
 
     def checkpoint_now(self):
-        """Saves run_dir/checkpoint.pt. All processes call it: statistics are summed over them first."""
+        """Saves run_dir/checkpoint.pt, at any iteration. All processes call it: statistics are summed first."""
+        self.counters.seconds = self.total_seconds()
+        self.saved = time.monotonic()
         if self.is_main:
             self.checkpoint.save(self.c.run_dir)
         else:

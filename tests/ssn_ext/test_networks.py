@@ -296,6 +296,41 @@ def test_second_derivatives_of_a_whole_tiny_network():
     )
 
 
+def test_inference_mode_leaves_no_trace():
+    """What is cached there must serve gradients later."""
+    from ssn_ext import networks
+
+    networks._matrices.clear()
+    G = spatial_generator()
+    z = torch.randn(1, G.z_dim)
+    with torch.inference_mode():
+        G(z, None)
+    ws = G.mapping(z, None).requires_grad_(True)
+    G.synthesis(ws, noise_mode="const").sum().backward()
+    assert ws.grad.abs().max() > 0
+
+
+def test_flat_options_of_stylegan3_are_understood():
+    """Its StyleGAN2 takes the synthesis options flat, and clamps by default."""
+
+    class Inner:
+        def __init__(
+            self, z_dim, c_dim, w_dim, img_resolution, img_channels, mapping_kwargs=None, **synthesis_kwargs
+        ):
+            pass
+
+    class Decorated(Inner):
+        def __init__(self):
+            pass
+
+        init_args = (8, 0)
+        init_kwargs = dict(w_dim=8, channel_base=64, fused_modconv_default="inference_only", num_fp16_res=0)
+
+    got = transfer.constructor_kwargs(Decorated())
+    options = dict(conv_clamp=256, num_fp16_res=0, channel_base=64)
+    assert got == dict(z_dim=8, c_dim=0, w_dim=8, synthesis_kwargs=options)
+
+
 def test_pickles_reopen_with_equal_pictures():
     G = spatial_generator()
     again = pickle.loads(pickle.dumps(G, protocol=4))

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 import dnnlib
 from torch_utils import training_stats
-from training import checkpoint, snapshot, training_loop
+from training import checkpoint, phases, snapshot, training_loop
 from training.networks import Generator
 
 
@@ -219,7 +220,7 @@ def test_metrics_of_snapshots_and_one_that_fails(pictures, tmp_path, monkeypatch
         monkeypatch.setitem(metric_main.METRICS._targets, fn.__name__, fn)
     c = options(pictures, tmp_path / "run", metrics=["broken", "mean_of_weights"])
     assert training_loop.training_loop(**c) is True
-    assert "Warning: broken could not be computed: no such thing" in capsys.readouterr().out
+    assert "Warning: broken could not be computed: ValueError: no such thing" in capsys.readouterr().out
     lines = (tmp_path / "run" / "metric-mean_of_weights.jsonl").read_text().splitlines()
     assert [json.loads(line)["snapshot_pkl"] for line in lines] == ["network-snapshot-000000.pkl"] * 2
 
@@ -230,7 +231,7 @@ def test_training_goes_on_without_detectors(pictures, tmp_path, capsys):
         pictures, tmp_path / "run", metrics=["fid50k_full"], metric_kwargs=dict(detector="/no/such/file")
     )
     assert training_loop.training_loop(**c) is True
-    assert capsys.readouterr().out.count("Warning: training without metrics") == 1
+    assert capsys.readouterr().out.count("Warning: training without fid50k_full: ") == 1
 
 
 def test_abort_fn_and_progress_fn(pictures, tmp_path):
@@ -246,13 +247,77 @@ def test_unknown_options_are_refused():
         training_loop.training_loop(batchsize=3)
 
 
-def test_first_signal_asks_and_second_one_acts(capsys):
+def test_first_signal_asks_and_a_later_one_acts(capsys):
     with training_loop.StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
         assert "SIGINT: finishing this step and saving" in capsys.readouterr().out
+        os.kill(os.getpid(), signal.SIGINT)  # at once: the same request, to the whole group
+        stop.since -= stop.SAME + 1
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_closed_output_does_not_hinder_the_request(monkeypatch):
+    """As in `train.py | tee log`, where Ctrl-C ends tee first."""
+
+    def broken(*_args, **_kwargs):
+        raise BrokenPipeError
+
+    with training_loop.StopSignals() as stop:
+        monkeypatch.setattr("builtins.print", broken)
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.undo()
+        assert stop.requested
+
+
+def test_worker_processes_change_nothing(pictures, tmp_path):
+    """Prefetched pictures are not counted as seen: stopped with workers, continued with one, equal to none."""
+    whole = options(pictures, tmp_path / "whole")
+    training_loop.training_loop(**whole)
+    training_stats.load_state_dict({})
+    parts = options(pictures, tmp_path / "parts", total_kimg=0.04)
+    parts.data_loader_kwargs = dict(num_workers=2, prefetch_factor=2)
+    training_loop.training_loop(**parts)
+    training_stats.load_state_dict({})
+    parts.update(total_kimg=0.08, data_loader_kwargs=dict(num_workers=1))
+    training_loop.training_loop(**parts, exact_resume=True)
+    ours, theirs = checkpoint.read(whole.run_dir), checkpoint.read(parts.run_dir)
+    for part in ["G", "D", "G_ema", "G_opt", "D_opt", "loss"]:
+        assert_equal_states(ours[part], theirs[part], part)
+
+
+def test_checkpoints_between_ticks(pictures, tmp_path, monkeypatch):
+    """Where a tick takes too long the loop saves by itself, at any iteration."""
+    saved = []
+    original = training_loop.Run.checkpoint_now
+    monkeypatch.setattr(training_loop, "CHECKPOINT_SECONDS", 0)
+    monkeypatch.setattr(
+        training_loop.Run, "checkpoint_now", lambda run: (saved.append(run.counters.nimg), original(run))
+    )
+    training_loop.training_loop(**options(pictures, tmp_path / "run"))
+    assert {0, 8, 16, 24, 32} <= set(saved)
+
+
+def test_another_data_set_is_no_continuation(pictures, tmp_path):
+    c = options(pictures, tmp_path / "run")
+    training_loop.training_loop(**c)
+    more = tmp_path / "more"
+    shutil.copytree(pictures, more)
+    shutil.copy(more / "000.png", more / "024.png")
+    c.training_set_kwargs.update(path=str(more), max_size=24)
+    labels = json.loads((more / "dataset.json").read_text())["labels"]
+    (more / "dataset.json").write_text(json.dumps({"labels": [*labels, ["024.png", 0]]}))
+    with pytest.raises(checkpoint.CheckpointError, match="holds 25 pictures, 24 when the run began"):
+        training_loop.training_loop(**{**c, "total_kimg": 0.12}, exact_resume=True)
+
+
+def test_lazy_correction():
+    """One step an iteration needs none; the family's pairs are i / (i + 1); three phases as the design says."""
+    assert phases.lazy_correction([1]) == 1
+    assert phases.lazy_correction([1, 16]) == pytest.approx(16 / 17)
+    assert phases.lazy_correction([1, 4, 4]) == pytest.approx(1 / 1.5)
+    assert phases.lazy_correction([1, 1]) == 0.5
 
 
 def test_draws_depend_on_seed_rank_and_images():
