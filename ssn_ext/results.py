@@ -24,6 +24,7 @@ import numpy as np
 from dnnlib.util import open_atomic
 
 FORMAT = "ssn-resample/1"
+REQUIRED = ("name", "seed", "settings", "network_hash", "candidates", "files", "history")
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ def read_record(path: str) -> dict[str, Any]:
         raise ValueError(f"Cannot read the result {path}: {err}") from err
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{path} is no result of resample.py (format {FORMAT!r} is missing)")
+    missing = [key for key in REQUIRED if key not in record]
+    if missing:
+        raise ValueError(f"{path} is damaged: {', '.join(missing)} missing")
     return record
 
 

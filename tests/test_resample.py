@@ -232,13 +232,16 @@ def fails(tmp_path, *args):
 
 
 def test_wrong_files_are_named(run, tmp_path):
-    for name, data in {"text.pkl": b"no pickle", "text.json": b"{}", "broken.json": b"{"}.items():
+    half = b'{"format": "ssn-resample/1", "name": "x", "seed": 0}'
+    files = {"text.pkl": b"no pickle", "text.json": b"{}", "broken.json": b"{", "half.json": half}
+    for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     save_network_pkl(tmp_path / "plain.pkl", **dict.fromkeys(["G", "D", "G_ema"], torch.nn.Linear(2, 2)))
     for args, message in [
         (["--network=" + str(tmp_path / "text.pkl")], "text.pkl"),
         (["--network=" + str(tmp_path / "plain.pkl")], "no latent_grid"),
         ([f"--from={tmp_path / 'text.json'}", "--pick=1"], "text.json is no result of resample.py"),
+        ([f"--from={tmp_path / 'half.json'}", "--pick=1"], "half.json is damaged: settings, network_hash"),
         ([f"--from={tmp_path / 'broken.json'}", "--pick=1"], "Cannot read the result"),
         ([f"--from={tmp_path / 'missing'}", "--pick=1"], "missing"),
         ([f"--mask={tmp_path / 'text.json'}"], "--blocks and --mask"),
