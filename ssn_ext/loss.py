@@ -10,7 +10,7 @@ from training.loss import PhaseRow, StyleGAN2Loss
 
 
 class DistortionRegularizedLoss(StyleGAN2Loss):
-    """StyleGAN2's loss + lambda_d * R_D, eq. (2) of the SSN paper on the scale of DESIGN's D4.
+    """StyleGAN2's loss + lambda_d * R_D, eq. (2) of the SSN paper divided by B (B - 1).
 
     R_D = E sum_a sum_{b != a} MSE(g(z)_b, g(z^a)_b) / (B (B - 1)) over pictures in [-1, 1] that are not
     clamped, where z^a is z with block a drawn anew. It is estimated without bias: per sample one uniform

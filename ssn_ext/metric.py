@@ -46,7 +46,7 @@ def ldbr_dist(opts):
 
 
 def ldbr_floor(opts):
-    """Least distortion that the data's covariance allows, and the generator's own: DESIGN section 6.
+    """Least distortion that the data's covariance allows, and the generator's own (docs/limit.md).
 
     Results: ldbr_floor (of the data) and _lower (its certified lower bound), ldbr_floor_own (of the
     generator's covariance), _efficiency = own floor / distortion, _kept = share of the data's covariance that

@@ -313,7 +313,7 @@ def test_another_data_set_is_no_continuation(pictures, tmp_path):
 
 
 def test_lazy_correction():
-    """One step an iteration needs none; the family's pairs are i / (i + 1); three phases as the design says."""
+    """One step an iteration needs none; the family's pairs are i / (i + 1); every lazy phase adds its share."""
     assert phases.lazy_correction([1]) == 1
     assert phases.lazy_correction([1, 16]) == pytest.approx(16 / 17)
     assert phases.lazy_correction([1, 4, 4]) == pytest.approx(1 / 1.5)
