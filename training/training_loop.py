@@ -77,7 +77,7 @@ def training_loop(rank=0, abort_fn=None, progress_fn=None, **config):
     when training is complete, False when it was stopped (the checkpoint is written then).
     """
     run = Run(complete_config(config), rank, abort_fn, progress_fn)
-    with StopSignals() as stop:
+    with StopSignals(verbose=run.is_main) as stop:
         run.stop = stop
         try:
             run.start()
@@ -102,6 +102,9 @@ class StopSignals:
 
     SAME = 2  # seconds within which further signals are the same request, sent to every process of a group
 
+    def __init__(self, verbose=True):
+        self.verbose = verbose
+
     def __enter__(self):
         self.requested = False
         self.since = None
@@ -117,9 +120,12 @@ class StopSignals:
         now = time.monotonic()
         if self.since is None:
             self.requested, self.since = True, now
-            with contextlib.suppress(OSError, RuntimeError):  # whoever reads our output may be gone already
-                name = signal.Signals(number).name
-                print(f"\n{name}: finishing this step and saving; once more stops at once.", flush=True)
+            if self.verbose:
+                with contextlib.suppress(
+                    OSError, RuntimeError
+                ):  # whoever reads our output may be gone already
+                    name = signal.Signals(number).name
+                    print(f"\n{name}: finishing this step and saving; once more stops at once.", flush=True)
         elif now - self.since > self.SAME:
             self._restore()
             os.kill(os.getpid(), number)
