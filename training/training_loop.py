@@ -255,7 +255,9 @@ class Run:
             start=self.counters.nimg // c.num_gpus,
         )
         options = dict(c.data_loader_kwargs)
-        if options.get("num_workers", 0) == 0:
+        # more workers than cores only get in each other's way, and PyTorch warns of them
+        options["num_workers"] = min(options.get("num_workers", 0), os.cpu_count() or 1)
+        if options["num_workers"] == 0:
             options.pop("prefetch_factor", None)
         else:
             options["worker_init_fn"] = _ignore_signals
