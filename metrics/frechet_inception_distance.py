@@ -36,14 +36,7 @@ def compute_fid(opts, max_real, num_gen):
 
     Warns where there are fewer pictures than features: the distance is then dominated by its bias.
     """
-    detector = detectors.choose("inception", opts.detector)
-    ask = dict(return_features=True)
-    real = metric_utils.compute_feature_stats_for_dataset(
-        opts, detector.source, ask, rel_lo=0, rel_hi=0, capture_mean_cov=True, max_items=max_real
-    )
-    made = metric_utils.compute_feature_stats_for_generator(
-        opts, detector.source, ask, capture_mean_cov=True, max_items=num_gen
-    )
+    real, made = metric_utils.compute_both_stats(opts, "inception", max_real, num_gen, capture_mean_cov=True)
     if opts.rank != 0:
         return float("nan")
     fewest = min(real.num_items, made.num_items)

@@ -42,14 +42,7 @@ def kernel_distance(real, gen, num_subsets=100, max_subset_size=1000, seed=0):
 
 def compute_kid(opts, max_real, num_gen, num_subsets, max_subset_size):
     """Kernel distance of `num_gen` pictures from up to `max_real` real ones; NaN on ranks other than 0."""
-    detector = detectors.choose("inception", opts.detector)
-    ask = dict(return_features=True)
-    real = metric_utils.compute_feature_stats_for_dataset(
-        opts, detector.source, ask, rel_lo=0, rel_hi=0, capture_all=True, max_items=max_real
-    )
-    made = metric_utils.compute_feature_stats_for_generator(
-        opts, detector.source, ask, capture_all=True, max_items=num_gen
-    )
+    real, made = metric_utils.compute_both_stats(opts, "inception", max_real, num_gen, capture_all=True)
     if opts.rank != 0:
         return float("nan")
     return kernel_distance(real.get_all(), made.get_all(), num_subsets, max_subset_size, seed=opts.seed)

@@ -300,6 +300,17 @@ def compute_feature_stats_for_generator(
     )
 
 
+def compute_both_stats(opts, role, max_real, num_gen, **capture):
+    """FeatureStats of up to `max_real` real and of `num_gen` generated pictures, by the detector of a role."""
+    source = detectors.choose(role, opts.detector).source
+    ask = dict(return_features=True)
+    real = compute_feature_stats_for_dataset(
+        opts, source, ask, rel_lo=0, rel_hi=0, max_items=max_real, **capture
+    )
+    made = compute_feature_stats_for_generator(opts, source, ask, max_items=num_gen, **capture)
+    return real, made
+
+
 def _digest(*parts):
     """A name for a combination of options, whatever the order in dicts."""
     return hashlib.md5(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()

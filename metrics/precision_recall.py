@@ -50,14 +50,7 @@ def precision_recall(real, gen, k=3, row_batch_size=10000, col_batch_size=10000)
 
 def compute_pr(opts, max_real, num_gen, nhood_size, row_batch_size, col_batch_size):
     """(precision, recall) of `num_gen` pictures; NaN on ranks other than 0."""
-    detector = detectors.choose("vgg16", opts.detector)
-    ask = dict(return_features=True)
-    real = metric_utils.compute_feature_stats_for_dataset(
-        opts, detector.source, ask, rel_lo=0, rel_hi=0, capture_all=True, max_items=max_real
-    )
-    made = metric_utils.compute_feature_stats_for_generator(
-        opts, detector.source, ask, capture_all=True, max_items=num_gen
-    )
+    real, made = metric_utils.compute_both_stats(opts, "vgg16", max_real, num_gen, capture_all=True)
     if opts.rank != 0:
         return float("nan"), float("nan")
     features = (stats.get_all_torch().to(opts.device) for stats in (real, made))
