@@ -267,7 +267,7 @@ def worker(rank, c):
         try:
             complete = training_loop(rank=rank, **c)
         except (OSError, ValueError) as err:
-            if isinstance(err, ValueError) and type(err) is ValueError:
+            if type(err) is ValueError:
                 raise  # not one of our own messages to the user: show where it came from
             text = str(err)  # of an error in a worker process, the last line alone
             print(f"Error: {text.strip().splitlines()[-1] if text.startswith('Caught ') else text}")

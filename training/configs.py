@@ -161,19 +161,15 @@ def make_config(opts):
     c.num_gpus = max(opts.gpus, 1)
     c.image_snapshot_ticks = c.network_snapshot_ticks = 50
     c.metrics = ["fid50k_full"]
-    c.metric_kwargs = dnnlib.EasyDict({} if opts.detector is None else {"detector": opts.detector})
+    c.metric_kwargs = dnnlib.EasyDict()
     c.random_seed = opts.seed
     c.device = _device(opts)
     desc = [_dataset(c, opts)]
-    workers = dict(prefetch_factor=2) if opts.workers else {}
-    c.data_loader_kwargs = dnnlib.EasyDict(pin_memory=True, num_workers=opts.workers, **workers)
     c.tick_hooks = []
     if opts.cfg not in CONFIGS:
         raise ConfigError(f"--cfg={opts.cfg} is not known; there are {', '.join(CONFIGS.names())}")
     CONFIGS.resolve(opts.cfg)(c, opts)
     desc += [opts.cfg + (str(c.num_gpus) if opts.cfg == "auto" else "")]
-    if opts.metrics is not None:
-        c.metrics = list(opts.metrics)
     desc += _overrides(c, opts)
     desc += _augment(c, opts)
     desc += _resume(c, opts)
@@ -191,18 +187,28 @@ def easy(value):
     return [easy(v) for v in value] if isinstance(value, list) else value
 
 
-def change_running(c, changed):
-    """Applies, to the options of a run that is continued, those that may change: kimg, snap, metrics,
-    detector, workers."""
-    opts = Options(changed)
-    _overrides(c, Options({k: v for k, v in opts.items() if k in ("kimg", "snap")}))
-    if "metrics" in opts:
-        c.metrics = opts.metrics or []
-    if "detector" in opts:
-        c.metric_kwargs = dnnlib.EasyDict({} if opts.detector is None else {"detector": opts.detector})
-    if "workers" in opts:
-        c.data_loader_kwargs.num_workers = opts.workers
-        c.data_loader_kwargs.pop("prefetch_factor", None)
+def change_running(c, opts):
+    """Applies the options that may change when a run is continued (dict: metrics, detector, workers, kimg, snap);
+    returns their part of the description."""
+    opts = Options(opts)
+    if opts.metrics is not None:
+        c.metrics = list(opts.metrics)
+    if opts.detector is not None:
+        c.metric_kwargs = dnnlib.EasyDict(detector=opts.detector)
+    if opts.workers is not None:
+        prefetch = dict(prefetch_factor=2) if opts.workers else {}
+        c.data_loader_kwargs = dnnlib.EasyDict(pin_memory=True, num_workers=opts.workers, **prefetch)
+    desc = []
+    if opts.kimg is not None:
+        if opts.kimg < 1:
+            raise ConfigError("--kimg must be at least 1")
+        desc.append(f"kimg{opts.kimg}")
+        c.total_kimg = opts.kimg
+    if opts.snap is not None:
+        if opts.snap < 1:
+            raise ConfigError("--snap must be at least 1")
+        c.image_snapshot_ticks = c.network_snapshot_ticks = opts.snap
+    return desc
 
 
 class Options(dnnlib.EasyDict):
@@ -287,21 +293,13 @@ def _overrides(c, opts):
             raise ConfigError("--gamma must be non-negative")
         desc.append(f"gamma{opts.gamma:g}")
         c.loss_kwargs.r1_gamma = opts.gamma
-    if opts.kimg is not None:
-        if opts.kimg < 1:
-            raise ConfigError("--kimg must be at least 1")
-        desc.append(f"kimg{opts.kimg}")
-        c.total_kimg = opts.kimg
+    desc += change_running(c, opts)
     if opts.batch is not None:
         if opts.batch < 1 or opts.batch % c.num_gpus:
             raise ConfigError("--batch must be at least 1 and divisible by --gpus")
         desc.append(f"batch{opts.batch}")
         c.batch_size = opts.batch
         c.batch_gpu = opts.batch // c.num_gpus
-    if opts.snap is not None:
-        if opts.snap < 1:
-            raise ConfigError("--snap must be at least 1")
-        c.image_snapshot_ticks = c.network_snapshot_ticks = opts.snap
     return desc
 
 

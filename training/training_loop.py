@@ -121,9 +121,7 @@ class StopSignals:
         if self.since is None:
             self.requested, self.since = True, now
             if self.verbose:
-                with contextlib.suppress(
-                    OSError, RuntimeError
-                ):  # whoever reads our output may be gone already
+                with contextlib.suppress(OSError, RuntimeError):  # our reader may be gone already
                     name = signal.Signals(number).name
                     print(f"\n{name}: finishing this step and saving; once more stops at once.", flush=True)
         elif now - self.since > self.SAME:
