@@ -61,7 +61,7 @@ def ldbr_floor(opts):
     if opts.rank != 0:
         return {}
     masks = blocks.block_masks(G.latent_grid, [G.img_resolution] * 2)
-    data, made = dataset_pixels(opts), generated_pixels(opts)
+    data, made = dataset_pixels(opts), generated_pixels(opts, G)
     of_data = floor.ldbr_floor(samples=data, masks=masks, progress=reporter(opts, "floor of the data"))
     own = floor.ldbr_floor(samples=made, masks=masks, progress=reporter(opts, "own floor"))
     matrices = influence_samples(opts, G, NUM_LATENTS).numpy()
@@ -101,13 +101,18 @@ def latent_pairs(opts, count, size=16):
 
 
 def influence_samples(opts, G, count):
-    """Influence matrices [N, B, B] of `count` random latents."""
+    """Influence matrices [N, B, B] of `count` random latents; metrics of one call share them."""
+    shared = {} if opts.shared is None else opts.shared
+    key = ("influence", count)
+    if key in shared:
+        return shared[key]
     progress = opts.progress.sub(tag="influence", num_items=count, flush_interval=256)
     parts = []
     for z, fresh, c in latent_pairs(opts, count):
         parts.append(resampling.influence(G, z, c, fresh).cpu())
         progress.update(sum(map(len, parts)))
-    return torch.cat(parts)
+    shared[key] = torch.cat(parts)
+    return shared[key]
 
 
 def summarise_influence(matrices, grid, shape):
@@ -166,9 +171,8 @@ def dataset_pixels(opts):
     return to_float(torch.from_numpy(np.stack([dataset[i][0] for i in range(count)])))
 
 
-def generated_pixels(opts):
+def generated_pixels(opts, G):
     """NUM_PICTURES generated pictures [N, C, H, W], clamped to [-1, 1], with constant noise as in ldbr_dist."""
-    G = metric_utils.copy_of_generator(opts)
     pictures = []
     progress = opts.progress.sub(tag="generated", num_items=NUM_PICTURES, flush_interval=1024)
     with torch.no_grad():
