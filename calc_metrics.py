@@ -2,16 +2,15 @@
 """Evaluate a network snapshot with any of the registered metrics."""
 
 import os
-from pathlib import Path
 
 import click
 
 import dnnlib
 from dnnlib.plugins import PluginError, load_plugins
 from metrics import metric_main
+from training.configs import demo_file
 
 DATASET_CLASS = "training.dataset.ImageFolderDataset"
-DEMO_DATA = Path(__file__).resolve().parent / "demo" / "lorelei32.zip"
 EPILOG = """\b
 Examples:
   python calc_metrics.py --network=runs/00000-faces/network-snapshot-000200.pkl --metrics=fid50k_full,ppl
@@ -160,7 +159,7 @@ def load_snapshot(network_pkl, verbose):
 def dataset_options(o, from_snapshot, G):
     """Options of the data set: those of --data, else the snapshot's; at the network's resolution."""
     if o.data is not None:
-        path = str(DEMO_DATA) if o.data == "demo" else o.data
+        path = demo_file("lorelei32.zip") if o.data == "demo" else o.data
         if not os.path.exists(path):
             raise click.ClickException(f"--data: {path} is not there")
         kwargs = dnnlib.EasyDict(class_name=DATASET_CLASS, path=path)

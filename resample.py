@@ -8,7 +8,9 @@ import re
 
 import click
 
-DEMO_NETWORK = os.path.join(os.path.dirname(os.path.abspath(__file__)), "demo", "lorelei32.pkl")
+from training.configs import demo_file
+
+DEMO_NETWORK = demo_file("lorelei32.pkl")
 
 # ----------------------------------------------------------------------------
 # Parse.

@@ -121,7 +121,15 @@ def _intervals(parts: int, size: int) -> torch.Tensor:
     return (pixels >= edges[:-1, None]) & (pixels < edges[1:, None])
 
 
-# Names of blocks.
+# Names of grids and blocks.
+
+
+def parse_grid(text: str) -> list[int]:
+    """'4x6' -> [4, 6]: rows and columns of blocks. ValueError, in one line, for anything else."""
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+        raise ValueError(f"{text}: expected rows x columns, such as 4x4")
+    return [int(side) for side in sides]
 
 
 def parse_blocks(text: str, grid: Grid) -> list[int]:

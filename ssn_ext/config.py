@@ -2,6 +2,7 @@
 """The configs of the plug-in: a StyleGAN2 config, edited."""
 
 import dnnlib
+from ssn_ext.blocks import parse_grid
 from ssn_ext.transfer import constructor_kwargs, spatial_kwargs
 from training import configs
 from training.configs import ConfigError
@@ -20,7 +21,10 @@ def ssn(c, opts):
     resolution = c.training_set_kwargs.resolution
     rows = {256: configs.paper256, 512: configs.paper512, 1024: configs.paper1024}
     rows.get(resolution, configs.laptop if resolution < 256 else configs.paper1024)(c, opts)
-    grid = parse_grid(opts.latent_grid) if opts.latent_grid else [4, 4]
+    try:
+        grid = parse_grid(opts.latent_grid or "4x4")
+    except ValueError as err:
+        raise ConfigError(f"--latent-grid={err}") from err
     if opts.source is None:
         plain = c.G_kwargs
     else:
@@ -44,14 +48,6 @@ def ssn(c, opts):
         c.loss_kwargs.dist_blocks = opts.dist_blocks
     c.transfer = "ssn_ext.transfer.transfer"
     c.tick_hooks.append("ssn_ext.hooks.ChangeMaps")
-
-
-def parse_grid(text):
-    """'4x6' -> [4, 6]: rows and columns of blocks."""
-    sides = text.lower().split("x")
-    if len(sides) != 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
-        raise ConfigError(f"--latent-grid={text}: expected rows x columns, such as 4x4")
-    return [int(side) for side in sides]
 
 
 def widths_of(source, c, grid):

@@ -21,6 +21,7 @@ import click
 import numpy as np
 import torch
 
+from ssn_ext.blocks import block_masks, parse_grid
 from ssn_ext.covariance import factorise, kept_covariance
 
 __all__ = ["FloorResult", "efficiency", "kept_covariance", "ldbr_floor"]
@@ -326,12 +327,10 @@ def _block_index(masks: Any, size: int) -> torch.Tensor:
 
 
 def _grid_option(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
-    from ssn_ext.config import parse_grid
-
     try:
         return parse_grid(value)
-    except ValueError:
-        raise click.BadParameter(f"{value}: expected rows x columns, such as 4x4") from None
+    except ValueError as err:
+        raise click.BadParameter(str(err)) from None
 
 
 @click.command()
@@ -346,7 +345,6 @@ def _grid_option(ctx: click.Context, param: click.Parameter, value: str) -> list
 )
 def main(data: str, grid: list[int], max_images: int | None, tolerance: float, cutoff: float) -> None:
     """The least outside change (ldbr_dist) of any generator that has the covariance of this data."""
-    from ssn_ext.blocks import block_masks
     from torch_utils.images import to_float
     from training.dataset import ImageFolderDataset
 

@@ -37,7 +37,7 @@ class ChangeMaps(Hook):
         )
         pictures = [
             to_uint8(each).permute(0, 2, 3, 1).cpu().numpy() for each in pictures
-        ]  # [N, H, W, C] each
+        ]  # each [N, H, W, C]
         before, after = pictures[0], pictures[1:]
         sheet = figures.change_sheet(
             list(before), [[step[n] for step in after] for n in range(PICTURES)], shown, G.latent_grid
