@@ -124,6 +124,21 @@ def test_floor_of_a_linear_generator(data):
     assert 0.5 < local.ldbr_floor_kept <= 1
 
 
+def test_metrics_of_one_call_share_the_influence(data, monkeypatch):
+    """Rendered once, and the same numbers as apart."""
+    G = LinearGenerator(0.1, 0.02)
+    apart = run("ldbr_floor", G, dataset_kwargs=data).results
+    calls = []
+    original = metric.resampling.influence
+    monkeypatch.setattr(metric.resampling, "influence", lambda *args: (calls.append(1), original(*args))[1])
+    shared = {}
+    first = run("ldbr_dist", G, shared=shared).results
+    count = len(calls)
+    together = run("ldbr_floor", G, dataset_kwargs=data, shared=shared).results
+    assert count == len(calls) > 0
+    assert together == apart and together.ldbr_floor_distortion == first.ldbr_dist
+
+
 def test_a_generator_without_blocks_is_refused():
     G = LinearGenerator(1, 1)
     del G.latent_grid
