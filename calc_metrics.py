@@ -6,6 +6,7 @@ import os
 import click
 
 import dnnlib
+from dnnlib.cli import CommaList
 from dnnlib.plugins import PluginError, load_plugins
 from metrics import metric_main
 from training.configs import demo_file
@@ -17,18 +18,6 @@ Examples:
   python calc_metrics.py --network=demo/lorelei32.pkl --data=demo --metrics=fid5k,kid5k \\
       --detector=efficientnet-lite0 --gpus=0
 """
-
-
-class MetricNames(click.ParamType):
-    """'a,b,c' or 'none' -> list of names."""
-
-    name = "list"
-
-    def convert(self, value, param, ctx):
-        """The names; whether they exist is known only once the plug-ins are loaded."""
-        if isinstance(value, list):
-            return value
-        return [] if value.strip().lower() in ("", "none") else [name.strip() for name in value.split(",")]
 
 
 def print_metrics(ctx, _param, value):
@@ -55,7 +44,7 @@ def plug_in():
 )
 @click.option(
     "--metrics",
-    type=MetricNames(),
+    type=CommaList(),
     default="fid50k_full",
     show_default=True,
     help="Comma-separated, or 'none'",
@@ -106,35 +95,22 @@ def make_config(o):
             raise click.ClickException(
                 "\n  ".join(["--metrics can only contain the following values:", *valid])
             )
-    if o.gpus < 0:
-        raise click.ClickException("--gpus must be at least 1, or 0 for the CPU")
     if not (os.path.isfile(o.network_pkl) or dnnlib.util.is_url(o.network_pkl, allow_file_urls=True)):
         raise click.ClickException(f"--network must point to a file or URL, not {o.network_pkl}")
     args = dnnlib.EasyDict(
         {key: o[key] for key in ("network_pkl", "metrics", "detector", "batch", "workers", "seed", "verbose")}
     )
-    args.num_gpus, args.device_type = choose_device(o.gpus, o.device)
+    from torch_utils.distributed import choose_device
+
+    try:
+        args.num_gpus, args.device_type = choose_device(o.gpus, o.device)
+    except ValueError as err:
+        raise click.ClickException(str(err)) from err
     args.run_dir = run_dir_of(o.network_pkl)
     data = load_snapshot(o.network_pkl, o.verbose)
     args.G = data["G_ema"]
     args.dataset_kwargs = dataset_options(o, data.get("training_set_kwargs"), args.G)
     return args
-
-
-def choose_device(gpus, device):
-    """(number of processes, 'cpu' or 'cuda') from --gpus and --device."""
-    import torch
-
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if gpus == 0 and device == "cuda":
-        raise click.ClickException("--gpus=0 means the CPU; it contradicts --device=cuda")
-    if gpus == 0 or device == "cpu" or (device == "auto" and count == 0 and gpus == 1):
-        return max(gpus, 1), "cpu"
-    if gpus > count:
-        raise click.ClickException(
-            f"--gpus={gpus}: this machine has {count} CUDA devices; --gpus=0 uses the CPU"
-        )
-    return gpus, "cuda"
 
 
 def run_dir_of(network_pkl):

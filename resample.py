@@ -1,40 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Re-draw chosen blocks of pictures and keep the rest: pictures, numbers, and a file one can go on from."""
 
-import contextlib
 import math
 import os
-import re
 
 import click
 
+from dnnlib.cli import NumRange, user_errors
 from training.configs import demo_file
 
 DEMO_NETWORK = demo_file("lorelei32.pkl")
 
 # ----------------------------------------------------------------------------
 # Parse.
-
-
-class NumRange(click.ParamType):
-    """Whole numbers >= 0: '0-7', '1,4' or both, '0-3,8'."""
-
-    name = "num_range"
-
-    def convert(self, value, param, ctx):
-        """The numbers in the order given, each once."""
-        if isinstance(value, list):
-            return value
-        numbers = []
-        for part in value.split(","):
-            match = re.fullmatch(r"\s*(\d{1,10})(?:-(\d{1,10}))?\s*", part)
-            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-            if not first <= last < min(2**32, first + 10**6):
-                self.fail(
-                    f"cannot read {part!r}: use numbers below 2**32 such as '0-7' or '1,4'.", param, ctx
-                )
-            numbers += range(first, last + 1)
-        return list(dict.fromkeys(numbers))
 
 
 FILE = click.Path(exists=True, dir_okay=False)
@@ -70,15 +48,6 @@ Blocks are numbered row by row from the top left; --numbering shows them.
   python resample.py --blocks=row0 --seeds=0-7         the top row of eight pictures
   python resample.py --from=out/00000-blocks5_6 --pick=3 --blocks=9
 """
-
-
-@contextlib.contextmanager
-def user_errors():
-    """Turns what a user can cause (ValueError, OSError) into one line on stderr and exit status 1."""
-    try:
-        yield
-    except (ValueError, OSError) as err:
-        raise click.ClickException(str(err)) from err
 
 
 # ----------------------------------------------------------------------------

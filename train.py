@@ -9,6 +9,7 @@ import sys
 import click
 
 import dnnlib
+from dnnlib.cli import CommaList
 from dnnlib.plugins import PluginError, load_plugins
 from training import configs
 
@@ -27,18 +28,6 @@ Examples:
   # A new run that starts from trained networks.
   python train.py --outdir=runs --cfg=paper256 --data=faces.zip --resume=ffhq256
 """
-
-
-class CommaList(click.ParamType):
-    """A comma-separated list; 'none' is empty."""
-
-    name = "list"
-
-    def convert(self, value, param, ctx):
-        """Splits the text."""
-        if isinstance(value, list):
-            return value
-        return [] if value.lower() in ("", "none") else [part.strip() for part in value.split(",")]
 
 
 class Command(click.Command):
@@ -73,7 +62,7 @@ def _options(command):
         ),
         opt(
             "--device",
-            help="Where to train",
+            help="Where to train: auto takes CUDA where there is one",
             type=click.Choice(["auto", "cpu", "cuda"]),
             default="auto",
             show_default=True,
@@ -292,8 +281,6 @@ def _main(ctx, **options):
     """Train a GAN from a folder or zip of pictures, or go on with a run that was stopped."""
     options["set"] = list(options["set"])
     given = [k for k in options if ctx.get_parameter_source(k) == click.core.ParameterSource.COMMANDLINE]
-    if options["device"] == "auto":
-        options["device"] = None
     try:
         c, command = plan(options, given)
     except configs.ConfigError as err:

@@ -12,6 +12,7 @@ import torch
 
 from ssn_ext import blocks as block_tools
 from ssn_ext import figures, resampling, results
+from torch_utils.distributed import choose_device
 from torch_utils.images import read_image, to_uint8, write_png
 from training.snapshot import load_network_pkl
 
@@ -84,7 +85,7 @@ def make_job(opts: Options, default_network: str) -> Job:
     _check_combinations(opts)
     paths = results.find_results(opts.source) if opts.source else []
     earlier = [(path, results.read_record(path)) for path in paths]
-    device = _choose_device(opts.device)
+    device = torch.device(choose_device(1, opts.device)[1])
     source = opts.network or (earlier[0][1]["network"]["source"] if earlier else default_network)
     G = _load_network(source, device)
     network_hash = _check_same_network(source, G, earlier)
@@ -136,14 +137,6 @@ def _check_combinations(opts: Options) -> None:
         )
     if opts.projected_w and (opts.source or opts.seeds):
         raise ValueError("--projected-w gives the pictures to begin with: leave out --from and --seeds")
-
-
-def _choose_device(name: str) -> torch.device:
-    """The device of 'auto', 'cpu' or 'cuda'."""
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        raise ValueError("--device=cuda: PyTorch finds no CUDA device here, use --device=cpu")
-    return torch.device("cuda" if name != "cpu" and available else "cpu")
 
 
 def _load_network(source: str, device: torch.device) -> torch.nn.Module:

@@ -149,7 +149,7 @@ def test_options_do_what_they_say(tmp_path):
         (["--gamma=-1"], "--gamma must be non-negative"),
         (["--kimg=0"], "--kimg must be at least 1"),
         (["--snap=0"], "--snap must be at least 1"),
-        (["--batch=3", "--gpus=2"], "--batch must be at least 1 and divisible by --gpus"),
+        (["--batch=3", "--gpus=2", "--device=cpu"], "--batch must be at least 1 and divisible by --gpus"),
         (["--subset=99999"], "--subset must be between 1 and 2800"),
         (["--cond=1"], "--cond=True requires labels specified in dataset.json"),
         (["--p=0.5"], "--p can only be specified with --aug=fixed"),

@@ -115,6 +115,26 @@ def all_reduce_gradients(params: Iterable) -> None:
 # Processes
 
 
+def choose_device(gpus: int, device: str = "auto") -> tuple[int, str]:
+    """(number of processes, 'cpu' or 'cuda') for --gpus and --device, the same for every command.
+
+    --gpus=0 is one process on the CPU; --device=cpu runs as many as --gpus says there. Otherwise there is one
+    process per GPU, and a single one goes to the CPU where there is no GPU. ValueError for what cannot be.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus < 0:
+        raise ValueError("--gpus must be at least 1, or 0 for the CPU")
+    if gpus == 0 and device == "cuda":
+        raise ValueError("--gpus=0 is the CPU, --device=cuda is not: give one of them")
+    if gpus == 0 or device == "cpu" or (device == "auto" and count == 0 and gpus == 1):
+        return max(gpus, 1), "cpu"
+    if gpus > count:
+        raise ValueError(
+            f"{gpus} CUDA device{'s' * (gpus > 1)} asked for, this machine has {count}: --device=cpu runs on the CPU"
+        )
+    return gpus, "cuda"
+
+
 def init_process(rank: int, world_size: int, init_method: str, device_type: str) -> None:
     """Joins the group: NCCL for 'cuda' (which also selects GPU number `rank`), Gloo for 'cpu'."""
     if device_type not in ("cpu", "cuda"):

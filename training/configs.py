@@ -156,14 +156,18 @@ def make_config(opts):
     configs that take their widths from it, the --resume file; writes nothing. Returns (EasyDict of
     training_loop's options, desc). Raises ConfigError with one line for the user.
     """
+    from torch_utils.distributed import choose_device
+
     opts = Options(opts)
     c = dnnlib.EasyDict()
-    c.num_gpus = max(opts.gpus, 1)
+    try:
+        c.num_gpus, c.device = choose_device(opts.gpus, opts.device or "auto")
+    except ValueError as err:
+        raise ConfigError(str(err)) from err
     c.image_snapshot_ticks = c.network_snapshot_ticks = 50
     c.metrics = ["fid50k_full"]
     c.metric_kwargs = dnnlib.EasyDict()
     c.random_seed = opts.seed
-    c.device = _device(opts)
     desc = [_dataset(c, opts)]
     c.tick_hooks = []
     if opts.cfg not in CONFIGS:
@@ -236,20 +240,6 @@ class Options(dnnlib.EasyDict):
 def demo_file(name):
     """A file of the shipped demo."""
     return os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "demo", name)
-
-
-def _device(opts):
-    """'cpu', 'cuda', or None where the training loop is to choose."""
-    if opts.device == "cuda":
-        import torch
-
-        if not opts.gpus:
-            raise ConfigError("--gpus=0 is the CPU, --device=cuda is not: give one of them")
-        if torch.cuda.device_count() < opts.gpus:
-            raise ConfigError(
-                f"--device=cuda: --gpus={opts.gpus} asked for, {torch.cuda.device_count()} found"
-            )
-    return opts.device if opts.gpus else "cpu"
 
 
 def _dataset(c, opts):

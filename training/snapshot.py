@@ -30,12 +30,13 @@ def save_network_pkl(path, *, G, D, G_ema, augment_pipe=None, training_set_kwarg
         pickle.dump(data, f, protocol=4)
 
 
-def load_network_pkl(source):
+def load_network_pkl(source, trust=False):
     """Reads a snapshot: dict with G, D, G_ema (modules), training_set_kwargs and augment_pipe (each may be
     None).
 
     source: a path, a URL or an open binary file. Plain pickle loading runs what the file says: open only
-    files that you trust. Raises SnapshotError with one line for anything that is not a snapshot.
+    files that you trust. trust: allows a file to run its own code. Raises SnapshotError with one line for
+    anything that is not a snapshot.
     """
     name = getattr(source, "name", source)
     try:

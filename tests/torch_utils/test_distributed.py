@@ -181,3 +181,28 @@ class TestAlone:
             distributed.launch(print, 0)
         with pytest.raises(ValueError, match="'tpu'"):
             distributed.init_process(0, 1, "file:///nowhere", "tpu")
+
+
+@pytest.mark.parametrize(
+    "gpus, device, count, expected",
+    [
+        (0, "auto", 8, (1, "cpu")),
+        (1, "auto", 0, (1, "cpu")),
+        (1, "auto", 1, (1, "cuda")),
+        (3, "auto", 8, (3, "cuda")),
+        (3, "cpu", 8, (3, "cpu")),
+        (8, "cuda", 8, (8, "cuda")),
+        (2, "auto", 0, "2 CUDA devices asked for, this machine has 0"),
+        (1, "cuda", 0, "1 CUDA device asked for, this machine has 0"),
+        (0, "cuda", 1, "--gpus=0 is the CPU, --device=cuda is not"),
+        (-1, "auto", 1, "--gpus must be at least 1"),
+    ],
+)
+def test_choose_device(monkeypatch, gpus, device, count, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            distributed.choose_device(gpus, device)
+    else:
+        assert distributed.choose_device(gpus, device) == expected

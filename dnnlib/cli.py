@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command lines share: kinds of options, and one line for each mistake. Imports no torch."""
+
+import contextlib
+import re
+
+import click
+
+
+class CommaList(click.ParamType):
+    """A comma-separated list of words; 'none' is empty."""
+
+    name = "list"
+
+    def convert(self, value, param, ctx):
+        """The words, without the spaces around them."""
+        if isinstance(value, list):
+            return value
+        if value.strip().lower() in ("", "none"):
+            return []
+        return [part.strip() for part in value.split(",")]
+
+
+class NumRange(click.ParamType):
+    """Whole numbers >= 0: '0-7', '1,4' or both, '0-3,8'."""
+
+    name = "num_range"
+
+    def convert(self, value, param, ctx):
+        """The numbers in the order given, each once."""
+        if isinstance(value, list):
+            return value
+        numbers = []
+        for part in value.split(","):
+            match = re.fullmatch(r"\s*(\d{1,10})(?:-(\d{1,10}))?\s*", part)
+            first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+            if not first <= last < min(2**32, first + 10**6):
+                self.fail(
+                    f"cannot read {part!r}: use numbers below 2**32 such as '0-7' or '1,4'.", param, ctx
+                )
+            numbers += range(first, last + 1)
+        return list(dict.fromkeys(numbers))
+
+
+@contextlib.contextmanager
+def user_errors():
+    """Turns what a user can cause (ValueError, OSError) into one line on stderr and exit status 1."""
+    try:
+        yield
+    except (ValueError, OSError) as err:
+        raise click.ClickException(str(err)) from err
