@@ -19,7 +19,7 @@ def setup_filter(f, device=_CPU, normalize=True, flip_filter=False, gain=1, sepa
     separable: leave a 1-D filter 1-D, to be applied along x and then y; default: when it has 8 taps or more.
     Returns float32, [taps] or [height, width].
     """
-    f = torch.as_tensor(1 if f is None else f, dtype=torch.float32)
+    f = torch.as_tensor(1 if f is None else f, dtype=torch.float32, device=device)
     assert f.ndim <= 2, f"a filter has at most two dimensions, not {f.ndim}"
     assert f.numel() > 0, "a filter needs at least one tap"
     f = f.reshape(1) if f.ndim == 0 else f
@@ -32,7 +32,7 @@ def setup_filter(f, device=_CPU, normalize=True, flip_filter=False, gain=1, sepa
         f = f / f.sum()
     if flip_filter:
         f = f.flip(list(range(f.ndim)))
-    return (f * gain ** (f.ndim / 2)).to(device)
+    return f * gain ** (f.ndim / 2)
 
 
 def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1, impl="cuda"):

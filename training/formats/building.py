@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A network from its constructor's arguments and its tensors, both as a file that nobody vouches for gives them.
+
+The network is laid out without memory first, then its tensors are compared with the file's, and only then copied:
+arguments that ask for an absurd network cost nothing.
+"""
+
+import contextlib
+from collections.abc import Collection, Mapping
+
+import numpy as np
+import torch
+from torch.nn.modules import module as hooks
+
+import dnnlib
+
+LARGEST_NUMBER = 2**24  # of any whole number among the arguments: sizes, counts, seeds
+LONGEST_LIST = 64
+MOST_VALUES = 1000  # among all arguments of a network
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def build_from_tensors(
+    cls: type, kwargs: Mapping, tensors: Mapping[str, torch.Tensor], computed: Collection[str] = ()
+) -> torch.nn.Module:
+    """cls(**kwargs) with `tensors` (name -> tensor of any float type) as its parameters and buffers.
+
+    Names and shapes must agree exactly on both sides. `computed`: last parts of the names of buffers that follow from
+    the arguments alone and are not in the file ('resample_filter'). The tensors are copied, as float32. The result is
+    on the CPU, in training mode and with gradients, as the constructor makes it. ValueError, in one line that names
+    the argument or the tensor, for anything else; soon and without much memory, whatever the arguments are.
+    """
+    kwargs = _checked_arguments(cls, kwargs, len(tensors))
+    network = _layout(cls, kwargs, limit=2 * len(tensors) + 100)
+    own = dict([*network.named_parameters(), *network.named_buffers()])
+    own = {name: t for name, t in own.items() if name in tensors or name.rpartition(".")[2] not in computed}
+    _check_tensors(cls, own, tensors)
+    for name, place in own.items():
+        value = torch.empty_like(place, device="cpu", requires_grad=False)  # of the same memory format
+        value.copy_(tensors[name].detach())
+        if isinstance(place, torch.nn.Parameter):
+            value = torch.nn.Parameter(value, requires_grad=place.requires_grad)
+        parent, _dot, leaf = name.rpartition(".")
+        setattr(network.get_submodule(parent), leaf, value)
+    return network
+
+
+def one_line(err: BaseException) -> str:
+    """What an exception says, for use within a message: its first line, shortened, and its kind where that helps."""
+    text = (str(err).splitlines() or [""])[0][:200]
+    return text if text and isinstance(err, (AssertionError, ValueError)) else f"{type(err).__name__}: {text}"
+
+
+def _checked_arguments(cls, kwargs, num_tensors):
+    """A copy of the arguments in plain Python values; ValueError where one is of another kind or too large."""
+    count = 0
+
+    def copied(name, value, depth):
+        nonlocal count
+        count += 1
+        if count > MOST_VALUES or depth > 8:
+            raise ValueError(f"{cls.__name__} cannot have more than {MOST_VALUES} arguments, nested 8 deep")
+        if isinstance(value, np.generic):
+            value = value.item()  # pickles of NumPy's numbers do not open with every version of it
+        if isinstance(value, Mapping):
+            entries = {_argument_name(cls, k): copied(k, v, depth + 1) for k, v in value.items()}
+            return dnnlib.EasyDict(entries) if isinstance(value, dnnlib.EasyDict) else entries
+        if isinstance(value, (list, tuple)):
+            if len(value) > LONGEST_LIST:
+                raise ValueError(
+                    f"{cls.__name__}: argument {name} has {len(value)} entries, the most is {LONGEST_LIST}"
+                )
+            entries = [copied(name, v, depth + 1) for v in value]
+            return tuple(entries) if isinstance(value, tuple) else entries
+        if isinstance(value, int) and not isinstance(value, bool):
+            most = num_tensors if name == "num_layers" else LARGEST_NUMBER
+            if abs(value) > most:
+                raise ValueError(
+                    f"{cls.__name__}: argument {name} is {_short(value)}, the most for this file is {most}"
+                )
+        elif not (value is None or isinstance(value, (bool, float, str))):
+            raise ValueError(
+                f"{cls.__name__}: argument {name} is a {type(value).__name__}, not a plain value"
+            )
+        return value
+
+    return {_argument_name(cls, name): copied(name, value, 1) for name, value in kwargs.items()}
+
+
+def _argument_name(cls, name):
+    if not (isinstance(name, str) and name.isidentifier() and len(name) <= 64):
+        raise ValueError(f"{cls.__name__}: {name!r:.80} is not the name of an argument")
+    return name
+
+
+def _short(number):
+    return number if number.bit_length() <= 64 else f"a number of {number.bit_length()} bits"
+
+
+def _layout(cls, kwargs, limit):
+    """The network without values (on the meta device); ValueError where it has more than `limit` tensors."""
+    count = 0
+
+    def counted(_module, _name, tensor):
+        nonlocal count
+        count += tensor is not None
+        if count > limit:
+            raise ValueError(f"it has more than {limit} tensors")
+
+    with contextlib.ExitStack() as stack:
+        for register in [
+            hooks.register_module_parameter_registration_hook,
+            hooks.register_module_buffer_registration_hook,
+        ]:
+            handle = register(counted)
+            stack.callback(handle.remove)
+        stack.enter_context(torch.device("meta"))
+        try:
+            return cls(**kwargs)
+        except Exception as err:  # a constructor may raise anything on arguments that make no sense
+            raise ValueError(f"{cls.__name__} cannot be built from its arguments: {one_line(err)}") from err
+
+
+def _check_tensors(cls, own, tensors):
+    """ValueError unless the tensors are plain ones of the names and shapes of `own`, and no more memory than they are
+    stored in holds them all."""
+    wrong = [f"{name} {list(place.shape)} is missing" for name, place in own.items() if name not in tensors]
+    storages = {}
+    total = 0
+    for name, tensor in tensors.items():
+        if name not in own:
+            wrong.append(f"{name!r:.80} is not one of its tensors")
+        elif tensor.layout is not torch.strided or tensor.dtype not in FLOATS or tensor.device.type == "meta":
+            wrong.append(f"{name} holds {tensor.dtype}, {tensor.layout} on {tensor.device}, not plain floats")
+        elif tensor.shape != own[name].shape:
+            wrong.append(f"{name} has shape {list(tensor.shape)}, expected {list(own[name].shape)}")
+        else:
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            total += tensor.numel() * tensor.element_size()
+    if wrong:
+        raise ValueError(
+            f"{cls.__name__}: {len(wrong)} tensors do not fit its arguments: {'; '.join(wrong[:3])}"
+        )
+    if total > sum(storages.values()):
+        raise ValueError(f"{cls.__name__}: its tensors of {total} bytes are views of less memory")
