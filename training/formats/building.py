@@ -6,7 +6,7 @@ arguments that ask for an absurd network cost nothing.
 """
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -20,21 +20,55 @@ MOST_VALUES = 1000  # among all arguments of a network
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def build_from_tensors(
-    cls: type, kwargs: Mapping, tensors: Mapping[str, torch.Tensor], computed: Collection[str] = ()
-) -> torch.nn.Module:
+def build_from_tensors(cls: type, kwargs: Mapping, tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
     """cls(**kwargs) with `tensors` (name -> tensor of any float type) as its parameters and buffers.
 
-    Names and shapes must agree exactly on both sides. `computed`: last parts of the names of buffers that follow from
-    the arguments alone and are not in the file ('resample_filter'). The tensors are copied, as float32. The result is
-    on the CPU, in training mode and with gradients, as the constructor makes it. ValueError, in one line that names
-    the argument or the tensor, for anything else; soon and without much memory, whatever the arguments are.
+    Names and shapes must agree exactly on both sides. The tensors are copied, as float32. The result is on the CPU,
+    in training mode and with gradients, as the constructor makes it. ValueError, in one line that names the argument
+    or the tensor, for anything else; soon and without much memory, whatever the arguments are.
     """
-    kwargs = _checked_arguments(cls, kwargs, len(tensors))
-    network = _layout(cls, kwargs, limit=2 * len(tensors) + 100)
-    own = dict([*network.named_parameters(), *network.named_buffers()])
-    own = {name: t for name, t in own.items() if name in tensors or name.rpartition(".")[2] not in computed}
-    _check_tensors(cls, own, tensors)
+    return fill(layout(cls, kwargs, len(tensors)), tensors)
+
+
+def layout(cls: type, kwargs: Mapping, num_tensors: int) -> torch.nn.Module:
+    """cls(**kwargs) without values: its tensors are on the meta device, but for filters, which follow from the
+    arguments.
+
+    num_tensors: how many there are to fill it. ValueError where the arguments are not plain values, absurdly large, or
+    ask for a network of many more tensors.
+    """
+    kwargs = _checked_arguments(cls, kwargs, num_tensors)
+    count, limit = 0, 2 * num_tensors + 100
+
+    def counted(_module, _name, tensor):
+        nonlocal count
+        count += tensor is not None
+        if count > limit:
+            raise ValueError(f"it has more than {limit} tensors")
+
+    with contextlib.ExitStack() as stack:
+        for register in [
+            hooks.register_module_parameter_registration_hook,
+            hooks.register_module_buffer_registration_hook,
+        ]:
+            stack.callback(register(counted).remove)
+        stack.enter_context(torch.device("meta"))
+        try:
+            return cls(**kwargs)
+        except Exception as err:  # a constructor may raise anything on arguments that make no sense
+            raise ValueError(f"{cls.__name__} cannot be built from its arguments: {one_line(err)}") from err
+
+
+def named_tensors(network: torch.nn.Module) -> dict:
+    """Name -> parameter or buffer."""
+    return dict([*network.named_parameters(), *network.named_buffers()])
+
+
+def fill(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> torch.nn.Module:
+    """Gives a network from `layout` copies of all its tensors, checked first; returns it. ValueError as for
+    `build_from_tensors`."""
+    own = named_tensors(network)
+    _check_tensors(type(network).__name__, own, tensors)
     for name, place in own.items():
         value = torch.empty_like(place, device="cpu", requires_grad=False)  # of the same memory format
         value.copy_(tensors[name].detach())
@@ -97,31 +131,7 @@ def _short(number):
     return number if number.bit_length() <= 64 else f"a number of {number.bit_length()} bits"
 
 
-def _layout(cls, kwargs, limit):
-    """The network without values (on the meta device); ValueError where it has more than `limit` tensors."""
-    count = 0
-
-    def counted(_module, _name, tensor):
-        nonlocal count
-        count += tensor is not None
-        if count > limit:
-            raise ValueError(f"it has more than {limit} tensors")
-
-    with contextlib.ExitStack() as stack:
-        for register in [
-            hooks.register_module_parameter_registration_hook,
-            hooks.register_module_buffer_registration_hook,
-        ]:
-            handle = register(counted)
-            stack.callback(handle.remove)
-        stack.enter_context(torch.device("meta"))
-        try:
-            return cls(**kwargs)
-        except Exception as err:  # a constructor may raise anything on arguments that make no sense
-            raise ValueError(f"{cls.__name__} cannot be built from its arguments: {one_line(err)}") from err
-
-
-def _check_tensors(cls, own, tensors):
+def _check_tensors(owner, own, tensors):
     """ValueError unless the tensors are plain ones of the names and shapes of `own`, and no more memory than they are
     stored in holds them all."""
     wrong = [f"{name} {list(place.shape)} is missing" for name, place in own.items() if name not in tensors]
@@ -139,8 +149,6 @@ def _check_tensors(cls, own, tensors):
             storages[storage.data_ptr()] = storage.nbytes()
             total += tensor.numel() * tensor.element_size()
     if wrong:
-        raise ValueError(
-            f"{cls.__name__}: {len(wrong)} tensors do not fit its arguments: {'; '.join(wrong[:3])}"
-        )
+        raise ValueError(f"{owner}: {len(wrong)} tensors do not fit its arguments: {'; '.join(wrong[:3])}")
     if total > sum(storages.values()):
-        raise ValueError(f"{cls.__name__}: its tensors of {total} bytes are views of less memory")
+        raise ValueError(f"{owner}: its tensors of {total} bytes are views of less memory")

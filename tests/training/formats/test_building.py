@@ -11,7 +11,7 @@ import torch
 import dnnlib
 from ssn_ext.networks import SpatialGenerator
 from training.augment import AugmentPipe
-from training.formats.building import build_from_tensors
+from training.formats.building import build_from_tensors, layout, named_tensors
 from training.networks import Discriminator, Generator
 
 WIDTHS = dict(channel_base=128, channel_max=16, num_fp16_res=2)
@@ -33,16 +33,11 @@ CASES = {
 }
 
 
-def tensors_of(network):
-    """Name -> parameter or buffer."""
-    return dict([*network.named_parameters(), *network.named_buffers()])
-
-
 def generator(**changes):
     """(arguments, tensors) of a small generator."""
     torch.manual_seed(0)
     kwargs = dict(G_KWARGS, synthesis_kwargs=dict(WIDTHS), **changes)
-    return kwargs, tensors_of(Generator(**kwargs))
+    return kwargs, named_tensors(Generator(**kwargs))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -51,14 +46,14 @@ def test_equals_the_constructed_network(case):
     cls, kwargs = CASES[case]
     torch.manual_seed(0)
     usual = cls(**kwargs)
-    for t in tensors_of(usual).values():
+    for t in named_tensors(usual).values():
         t.data = t.data + torch.rand(t.shape)  # no value is the one that a constructor gives
     state = torch.get_rng_state()
-    ours = build_from_tensors(cls, kwargs, tensors_of(usual))
+    ours = build_from_tensors(cls, kwargs, named_tensors(usual))
     assert torch.equal(torch.get_rng_state(), state)
-    theirs = tensors_of(usual)
-    assert list(tensors_of(ours)) == list(theirs)
-    for name, t in tensors_of(ours).items():
+    theirs = named_tensors(usual)
+    assert list(named_tensors(ours)) == list(theirs)
+    for name, t in named_tensors(ours).items():
         other = theirs[name]
         assert torch.equal(t, other) and t.dtype == other.dtype and t.device == other.device, name
         assert t.requires_grad == other.requires_grad and type(t) is type(other), name
@@ -68,7 +63,7 @@ def test_equals_the_constructed_network(case):
         assert t.data_ptr() != other.data_ptr(), name
     assert ours.init_kwargs == usual.init_kwargs and ours.training
     again = pickle.loads(pickle.dumps(ours, protocol=4))
-    assert all(torch.equal(t, theirs[name]) for name, t in tensors_of(again).items())
+    assert all(torch.equal(t, theirs[name]) for name, t in named_tensors(again).items())
 
 
 def test_runs_as_the_constructed_network():
@@ -86,21 +81,23 @@ def test_half_precision_becomes_float32_and_numpy_numbers_plain():
     half = {name: t.detach().to(torch.float16) for name, t in tensors.items()}
     kwargs["z_dim"], kwargs["mapping_kwargs"] = np.int64(8), dnnlib.EasyDict(num_layers=np.int32(2))
     G = build_from_tensors(Generator, kwargs, half)
-    for name, t in tensors_of(G).items():
+    for name, t in named_tensors(G).items():
         assert t.dtype == torch.float32 and torch.equal(t, half[name].to(torch.float32))
     assert type(G.z_dim) is int and type(G.init_kwargs.mapping_kwargs.num_layers) is int
     assert isinstance(G.init_kwargs.mapping_kwargs, dnnlib.EasyDict)
 
 
-def test_computed_buffers_come_from_the_arguments():
-    kwargs, tensors = generator()
+def test_filters_follow_from_the_arguments():
+    """The only tensors that a layout has: a reader of files without filters takes them from there."""
+    kwargs, _tensors = generator()
     kwargs["synthesis_kwargs"]["resample_filter"] = [1, 2, 1]
-    tensors = {name: t for name, t in tensors.items() if not name.endswith("resample_filter")}
-    G = build_from_tensors(Generator, kwargs, tensors, computed=["resample_filter"])
+    own = named_tensors(layout(Generator, kwargs, 100))
     expected = torch.outer(torch.tensor([1.0, 2, 1]), torch.tensor([1.0, 2, 1])) / 16
-    assert torch.equal(G.synthesis.b8.conv0.resample_filter, expected)
-    with pytest.raises(ValueError, match="b4.resample_filter .* is missing"):
-        build_from_tensors(Generator, kwargs, tensors)
+    for name, t in own.items():
+        if name.endswith("resample_filter"):
+            assert torch.equal(t, expected)
+        else:
+            assert t.device.type == "meta"
 
 
 def test_networks_of_one_set_of_tensors_share_nothing():
