@@ -35,6 +35,8 @@ OPTIONS = [
     click.Option(["--trunc"], type=float, help="Truncation psi  [default: 1]"),
     click.Option(["--noise-mode"], type=click.Choice(["const", "random", "none"]), help="[default: const]"),
     click.Option(["--class", "class_idx"], type=int, help="Class of a conditional network"),
+    click.Option(["--trust-pickle"], is_flag=True,
+                 help="Run the code that --network holds; only for files that you trust"),
     click.Option(["--outdir"], metavar="DIR", default="out", show_default=True, help="Parent of the folders"),
     click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
 ]  # fmt: skip

@@ -5,11 +5,13 @@ import click
 
 from metrics.metric_main import METRICS
 from training.configs import CONFIGS, add_option
+from training.formats import NETWORKS
 
 
 def register():
     """Called once by dnnlib.plugins.load_plugins."""
     CONFIGS.register("ssn", "ssn_ext.config.ssn")
+    NETWORKS.register("SpatialGenerator", "ssn_ext.networks.SpatialGenerator")
     METRICS.register("ldbr_dist", "ssn_ext.metric.ldbr_dist")
     METRICS.register("ldbr_floor", "ssn_ext.metric.ldbr_floor")
     group = dict(heading="ssn_ext", configs=["ssn"])

@@ -47,6 +47,7 @@ class Options:
     class_idx: int | None = None
     outdir: str = "out"
     device: str = "auto"
+    trust_pickle: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def make_job(opts: Options, default_network: str) -> Job:
     earlier = [(path, results.read_record(path)) for path in paths]
     device = torch.device(choose_device(1, opts.device)[1])
     source = opts.network or (earlier[0][1]["network"]["source"] if earlier else default_network)
-    G = _load_network(source, device)
+    G = _load_network(source, device, opts.trust_pickle)
     network_hash = _check_same_network(source, G, earlier)
     passed_on = _passed_on(opts, earlier)
     label = resampling.class_label(G, passed_on["class"], device)
@@ -139,9 +140,9 @@ def _check_combinations(opts: Options) -> None:
         raise ValueError("--projected-w gives the pictures to begin with: leave out --from and --seeds")
 
 
-def _load_network(source: str, device: torch.device) -> torch.nn.Module:
+def _load_network(source: str, device: torch.device, trust: bool) -> torch.nn.Module:
     """The G_ema of a snapshot, ready to use, if it has a grid of latents."""
-    G = load_network_pkl(source)["G_ema"].eval().requires_grad_(False).to(device)
+    G = load_network_pkl(source, trust=trust, only=["G_ema"])["G_ema"].eval().requires_grad_(False).to(device)
     try:
         resampling.check_network(G)
     except ValueError as err:

@@ -15,6 +15,7 @@ import resample
 from ssn_ext.blocks import block_masks, replace_blocks
 from ssn_ext.networks import SpatialGenerator
 from torch_utils.images import read_image, to_uint8, write_png
+from training.networks import Generator
 from training.snapshot import save_network_pkl
 
 GRID, RES = [2, 2], 16
@@ -37,7 +38,7 @@ def network(path, seed=0, c_dim=0):
         if hasattr(module, "noise_strength"):
             module.noise_strength.data.fill_(0.2)  # so that the noise modes differ
     G = G.eval().requires_grad_(False)
-    save_network_pkl(path, G=G, D=torch.nn.Linear(1, 1), G_ema=G)
+    save_network_pkl(path, G=G, D=None, G_ema=G)
     return path, G
 
 
@@ -236,10 +237,17 @@ def test_wrong_files_are_named(run, tmp_path):
     files = {"text.pkl": b"no pickle", "text.json": b"{}", "broken.json": b"{", "half.json": half}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
-    save_network_pkl(tmp_path / "plain.pkl", **dict.fromkeys(["G", "D", "G_ema"], torch.nn.Linear(2, 2)))
+    G = Generator(z_dim=4, c_dim=0, w_dim=4, img_resolution=8, img_channels=1)
+    save_network_pkl(tmp_path / "plain.pkl", G=G, D=None, G_ema=G)
+    save_network_pkl(tmp_path / "foreign.pkl", **dict.fromkeys(["G", "D", "G_ema"], torch.nn.Linear(2, 2)))
     for args, message in [
         (["--network=" + str(tmp_path / "text.pkl")], "text.pkl"),
         (["--network=" + str(tmp_path / "plain.pkl")], "no latent_grid"),
+        (
+            ["--network=" + str(tmp_path / "foreign.pkl")],
+            "asks for torch.nn.modules.linear.Linear: nothing was run",
+        ),
+        (["--network=" + str(tmp_path / "foreign.pkl"), "--trust-pickle"], "no latent_grid"),
         ([f"--from={tmp_path / 'text.json'}", "--pick=1"], "text.json is no result of resample.py"),
         ([f"--from={tmp_path / 'half.json'}", "--pick=1"], "half.json is damaged: settings, network_hash"),
         ([f"--from={tmp_path / 'broken.json'}", "--pick=1"], "Cannot read the result"),

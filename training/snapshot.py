@@ -2,12 +2,19 @@
 """network-snapshot-*.pkl: the family's pickles of G, D, G_ema and the augmentation pipe; written and read
 here only."""
 
+import contextlib
 import copy
+import io
 import pickle
 
 import torch
 
 import dnnlib
+from dnnlib.plugins import load_plugins
+from torch_utils import misc
+from training.formats import reading
+from training.formats.persistent import RebuildError
+from training.formats.safe_pickle import UnsafePickleError
 
 
 class SnapshotError(ValueError):
@@ -30,39 +37,71 @@ def save_network_pkl(path, *, G, D, G_ema, augment_pipe=None, training_set_kwarg
         pickle.dump(data, f, protocol=4)
 
 
-def load_network_pkl(source, trust=False):
-    """Reads a snapshot: dict with G, D, G_ema (modules), training_set_kwargs and augment_pipe (each may be
-    None).
+def load_network_pkl(source, trust=False, force_fp16=False, only=None):
+    """Reads networks from any kind of file that the family's users have: dict with G, D, G_ema (modules, on the
+    CPU, eval mode, no gradients), training_set_kwargs and augment_pipe (each may be None).
 
-    source: a path, a URL or an open binary file. Plain pickle loading runs what the file says: open only
-    files that you trust. trust: allows a file to run its own code. Raises SnapshotError with one line for
-    anything that is not a snapshot.
+    source: a path, a URL or an open binary file: a pickle of stylegan2-ada-pytorch, of stylegan3's StyleGAN2, of
+    TensorFlow's StyleGAN2, or of ours, a checkpoint of rosinality's, or a safetensors file of ours. The file is
+    read as data: known classes are rebuilt by our own code from their arguments and tensors, and nothing in the
+    file is run. trust=True unpickles as Python does instead, which runs what the file says. force_fp16: the four
+    highest resolutions compute in float16 (on CUDA). only: names of the networks that are wanted, such as
+    ['G_ema']; the others are left out and may be missing. Raises SnapshotError with one line for anything else.
     """
-    name = getattr(source, "name", source)
-    try:
-        if hasattr(source, "read"):
-            data = pickle.load(source)
-        else:
-            with dnnlib.util.open_url(str(source), verbose=False) as f:
-                data = pickle.load(f)
-    except OSError as err:
-        raise SnapshotError(f"cannot read {name}: {err.strerror or err}") from err
-    except Exception as err:  # unpickling a wrong file can raise anything
-        raise SnapshotError(f"{name} is not a network snapshot ({type(err).__name__}: {err})") from err
-    return check_snapshot(data, name)
+    load_plugins()  # their network classes
+    is_file = hasattr(source, "read")
+    name = str(getattr(source, "name", "the file") if is_file else source)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = source
+            if not is_file:
+                file = stack.enter_context(dnnlib.util.open_url(name, verbose=False))
+            if not file.seekable():
+                file = io.BytesIO(file.read())
+            data = reading.read_networks(file, name, trust, only)
+        except OSError as err:
+            raise SnapshotError(f"cannot read {name}: {err.strerror or err}") from err
+        except UnsafePickleError as err:
+            raise SnapshotError(f"{name} asks for {err}: nothing was run; {reading.TRUST_HINT}") from err
+        except RebuildError as err:
+            raise SnapshotError(f"{name} cannot be rebuilt safely: {err}; {reading.TRUST_HINT}") from err
+        except ImportError as err:  # of an optional package; the message names it
+            raise SnapshotError(f"{name} cannot be opened: {err}") from err
+        except Exception as err:  # a wrong file can raise anything
+            text = str(err) if isinstance(err, ValueError) else f"{type(err).__name__}: {err}"
+            raise SnapshotError(f"{name} is not a network snapshot: {' '.join(text.split())[:300]}") from err
+    data = check_snapshot(data, name, reading.NETWORK_KEYS if only is None else only)
+    return with_fp16(data) if force_fp16 else data
 
 
-def check_snapshot(data, name):
+def check_snapshot(data, name, networks=tuple(reading.NETWORK_KEYS)):
     """The snapshot dict, completed and checked; SnapshotError says what is missing or of the wrong kind."""
-    if not isinstance(data, dict):
-        raise SnapshotError(
-            f"{name} is not a network snapshot: it holds a {type(data).__name__}, expected a dict"
-        )
-    for key in ["G", "D", "G_ema"]:
+    for key in networks:
         if not isinstance(data.get(key), torch.nn.Module):
             raise SnapshotError(f"{name} is not a network snapshot: {key} is missing or not a network")
     data.setdefault("training_set_kwargs", None)
     data.setdefault("augment_pipe", None)
+    for key, kind in [("training_set_kwargs", dict), ("augment_pipe", torch.nn.Module)]:
+        if not isinstance(data[key], (kind, type(None))):
+            raise SnapshotError(f"{name} is not a network snapshot: {key} is a {type(data[key]).__name__}")
+    return data
+
+
+def with_fp16(data):
+    """The snapshot dict with networks that compute their four highest resolutions in float16, with a clamp of 256."""
+    options = dict(num_fp16_res=4, conv_clamp=256)
+    for key in reading.NETWORK_KEYS:
+        old = data.get(key)
+        if old is None:
+            continue
+        kwargs = copy.deepcopy(old.init_kwargs)
+        if key != "D":
+            kwargs.setdefault("synthesis_kwargs", dnnlib.EasyDict())
+        target = kwargs if key == "D" else kwargs["synthesis_kwargs"]
+        if any(target.get(option) != value for option, value in options.items()):
+            target.update(options)
+            data[key] = type(old)(**kwargs).eval().requires_grad_(False)
+            misc.copy_params_and_buffers(old, data[key], require_all=True)
     return data
 
 
