@@ -34,6 +34,12 @@ def test_sizes_and_contents(demo):
     assert len(ImageFolderDataset(str(ROOT / "demo" / "lorelei32.zip"))) == 2800
 
 
+def test_its_source_is_known_to_be_ours(caplog):
+    """Opening the shipped network tells nobody of foreign source code, whichever version wrote it."""
+    load_network_pkl(ROOT / "demo" / "lorelei32.pkl")
+    assert caplog.messages == []
+
+
 def test_edits_are_local_and_pictures_differ(demo):
     """A re-drawn block changes its own pixels several times as much as the others."""
     G = demo["G_ema"]
