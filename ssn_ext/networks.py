@@ -7,8 +7,11 @@ state. Its layers resemble training/networks.py for that reason; a test holds th
 generator.
 
 Flat at the boundary, spatial inside: for a grid of h x w blocks with C channels each, z_dim and w_dim are
-C*h*w, and a latent [N, C*h*w] is [N, C, h, w] seen as one axis (channel-major). Shapes: N samples, I/O/C
-channels, R resolution.
+C*h*w, and a latent [N, C*h*w] is [N, C, h, w] seen as one axis (channel-major).
+
+A picture of H x W pixels is h0 x w0 doubled n times. Blocks of layers are named after the resolution r = 4, 8, ...,
+4 * 2^n that they have in a square network (h0 = w0 = 4), and have its widths; their pictures are h0 * r/4 x
+w0 * r/4. Shapes: N samples, I/O/C channels, H, W height and width of a layer's or block's picture.
 """
 
 # The mutable defaults below are part of the public signatures and are never written to.
@@ -21,6 +24,8 @@ import torch
 from torch_utils import misc, persistence
 from torch_utils.ops import bias_act, conv2d_resample, fma, upfirdn2d
 
+HALF_DEVICES = {"float16": ["cuda"], "bfloat16": ["cuda", "cpu"]}  # on others float32 stays
+SMALLEST, LARGEST = 4, 32  # sides of h0 x w0
 HALF_POWER = math.sqrt(0.5)  # two branches of equal variance, so scaled, add up to that variance again
 
 # ----------------------------------------------------------------------------
@@ -34,8 +39,8 @@ def normalize_2nd_moment(x, dim=1, eps=1e-8):
 
 def resize(x, height, width):
     """Resizes maps [N,C,h,w] -> [N,C,height,width], axis by axis: bilinear with clamped borders where the
-    result is finer, an area average where it is coarser. The weights of every result sum to one, so that
-    constant maps stay constant."""
+    result is finer, an average over the cells that it touches where it is coarser (their area average where the
+    sides are multiples). The weights of every result sum to one, so that constant maps stay constant."""
     h, w = x.shape[2], x.shape[3]
     if (h, w) == (height, width):
         return x
@@ -140,6 +145,17 @@ def _rescale_for_half(weight, styles):
     return weight / peak.reshape(-1, 1, 1, 1), styles / styles.abs().flatten(1).max(dim=1)[0].reshape(
         -1, 1, 1, 1
     )
+
+
+def split_shape(height, width):
+    """(h0, w0, n): height = h0 * 2^n, width = w0 * 2^n, n as large as it can be with h0, w0 >= 4."""
+    sides, n = [height, width], 0
+    while min(sides) >= 2 * SMALLEST and not any(side % 2 for side in sides):
+        sides, n = [side // 2 for side in sides], n + 1
+    assert SMALLEST <= min(sides) and max(sides) <= LARGEST, (
+        "pictures must be h0 x w0 doubled n times, with h0 and w0 from %d to %d" % (SMALLEST, LARGEST)
+    )
+    return sides[0], sides[1], n
 
 
 # ----------------------------------------------------------------------------
@@ -295,10 +311,11 @@ class SpatialMappingNetwork(torch.nn.Module):
 
 @persistence.persistent_class
 class SpatialEncoder(torch.nn.Module):
-    """Features of the neighbourhood of every position: w map [N,C,h,w] -> [N,O,r,r], e_rho =
+    """Features of the neighbourhood of every position: w map [N,C,h,w] -> [N,O,H,W], e_rho =
     convs(upsample_rho(R w)).
 
-    One branch per resolution; r = min(resolution, max_resolution). `out_features` (None: as many as
+    One branch per resolution; [H,W] is that of the block, or of the block `max_resolution` where that is
+    smaller. `shape`: [H,W] of the block, None for [resolution, resolution]. `out_features` (None: as many as
     `channels`) adds a last 1x1 projection without activation, for the paper's layout, where the encoded map
     takes the place of w.
     """
@@ -312,9 +329,11 @@ class SpatialEncoder(torch.nn.Module):
         num_layers=2,
         out_features=None,
         activation="lrelu",
+        shape=None,
     ):
         super().__init__()
         self.resolution = min(resolution, max_resolution)
+        self.shape = [side * self.resolution // resolution for side in shape or [resolution] * 2]
         self.num_layers = num_layers
         self.reduce = PointwiseLayer(w_dim, channels)
         for i in range(num_layers):
@@ -322,23 +341,23 @@ class SpatialEncoder(torch.nn.Module):
         self.project = None if out_features is None else PointwiseLayer(channels, out_features)
 
     def forward(self, w):
-        """w [N,C,h,w] -> [N,O,r,r]."""
-        x = resize(self.reduce(w), self.resolution, self.resolution)
+        """w [N,C,h,w] -> [N,O,H,W]."""
+        x = resize(self.reduce(w), self.shape[0], self.shape[1])
         for i in range(self.num_layers):
             x = getattr(self, "conv%d" % i)(x)
         return x if self.project is None else self.project(x)
 
 
-def style_map(affine, correction, w, e, size):
-    """The style map [N,I,size,size] of a layer: s = upsample(W w + b) + upsample(Q e).
+def style_map(affine, correction, w, e, shape):
+    """The style map [N,I,H,W] of a layer, shape = [H,W]: s = upsample(W w + b) + upsample(Q e).
 
     affine: the layer's W, b; correction: its Q, or None. w [N,C,h,w] at the grid; e: encoder features, or
     None. Where there are features but no Q, they stand in for w (the paper's layout): s = upsample(W e + b).
     The resizing commutes with the 1x1 projections, which therefore work on the small maps.
     """
     if correction is None:
-        return resize(affine(w if e is None else e), size, size)
-    return resize(affine(w), size, size) + resize(correction(e), size, size)
+        return resize(affine(w if e is None else e), *shape)
+    return resize(affine(w), *shape) + resize(correction(e), *shape)
 
 
 def _correction(encoder_init, channels, in_channels):
@@ -349,19 +368,20 @@ def _correction(encoder_init, channels, in_channels):
 
 @persistence.persistent_class
 class SpatialSynthesisLayer(torch.nn.Module):
-    """Spatially modulated 3x3 convolution with noise, bias and activation: x [N,I,R/up,R/up] -> [N,O,R,R].
+    """Spatially modulated 3x3 convolution with noise, bias and activation: x [N,I,H/up,W/up] -> [N,O,H,W].
 
     Its tensors are those of StyleGAN2's layer, and `encoder_style`, the projection Q of the encoder's
-    features.
+    features. `shape`: [H,W], None for [resolution, resolution].
     """
 
     def __init__(
         self, in_channels, out_channels, w_dim, resolution, kernel_size=3, up=1, use_noise=True, activation="lrelu",
         resample_filter=[1, 3, 3, 1], conv_clamp=None, demodulation="circular", encoder_init="exact",
-        encoder_channels=128,
+        encoder_channels=128, shape=None,
     ):  # fmt: skip
         super().__init__()
         self.resolution, self.up, self.padding = resolution, up, kernel_size // 2
+        self.shape = [resolution] * 2 if shape is None else list(shape)
         self.use_noise, self.activation, self.conv_clamp = use_noise, activation, conv_clamp
         self.demodulation = demodulation
         self.act_gain = float(bias_act.activation_funcs[activation].def_gain)
@@ -370,7 +390,7 @@ class SpatialSynthesisLayer(torch.nn.Module):
         self.encoder_style = _correction(encoder_init, encoder_channels, in_channels)
         self.weight = torch.nn.Parameter(torch.randn([out_channels, in_channels, kernel_size, kernel_size]))
         if use_noise:
-            self.register_buffer("noise_const", torch.randn([resolution, resolution]))
+            self.register_buffer("noise_const", torch.randn(self.shape))
             self.noise_strength = torch.nn.Parameter(torch.zeros([]))
         self.bias = torch.nn.Parameter(torch.zeros([out_channels]))
 
@@ -378,18 +398,17 @@ class SpatialSynthesisLayer(torch.nn.Module):
         if mode == "none" or not self.use_noise:
             return None
         if mode == "const":
-            return self.noise_const * self.noise_strength  # [R,R]
-        shape = [x.shape[0], 1, self.resolution, self.resolution]
-        return torch.randn(shape, device=x.device) * self.noise_strength
+            return self.noise_const * self.noise_strength  # [H,W]
+        return torch.randn([x.shape[0], 1] + self.shape, device=x.device) * self.noise_strength
 
     def forward(self, x, w, e, noise_mode="random", gain=1):
-        """x [N,I,R/up,R/up], w [N,C,h,w], e [N,E,r,r] or None -> [N,O,R,R]. noise_mode: 'random', 'const',
+        """x [N,I,H/up,W/up], w [N,C,h,w], e [N,E,H',W'] or None -> [N,O,H,W]. noise_mode: 'random', 'const',
         'none'."""
         assert noise_mode in ("random", "const", "none"), noise_mode
-        side = self.resolution // self.up
-        misc.assert_shape(x, [None, self.weight.shape[1], side, side])
+        shape = [side // self.up for side in self.shape]
+        misc.assert_shape(x, [None, self.weight.shape[1]] + shape)
         x = spatially_modulated_conv2d(
-            x, self.weight, style_map(self.affine, self.encoder_style, w, e, side), noise=self._noise(x, noise_mode),
+            x, self.weight, style_map(self.affine, self.encoder_style, w, e, shape), noise=self._noise(x, noise_mode),
             up=self.up, padding=self.padding, resample_filter=self.resample_filter, demodulation=self.demodulation,
             flip_weight=self.up == 1,
         )  # fmt: skip
@@ -401,8 +420,8 @@ class SpatialSynthesisLayer(torch.nn.Module):
 
 @persistence.persistent_class
 class SpatialToRGBLayer(torch.nn.Module):
-    """Spatially modulated 1x1 convolution to the picture's channels, without demodulation: [N,I,R,R] ->
-    [N,O,R,R]."""
+    """Spatially modulated 1x1 convolution to the picture's channels, without demodulation: [N,I,H,W] ->
+    [N,O,H,W]."""
 
     def __init__(
         self,
@@ -423,8 +442,8 @@ class SpatialToRGBLayer(torch.nn.Module):
         self.weight_gain = 1 / math.sqrt(in_channels * kernel_size**2)
 
     def forward(self, x, w, e):
-        """x [N,I,R,R], w [N,C,h,w], e [N,E,r,r] or None -> [N,O,R,R]."""
-        styles = style_map(self.affine, self.encoder_style, w, e, x.shape[2])
+        """x [N,I,H,W], w [N,C,h,w], e [N,E,H',W'] or None -> [N,O,H,W]."""
+        styles = style_map(self.affine, self.encoder_style, w, e, x.shape[2:])
         weight = self.weight * self.weight_gain  # the gain on the few weights instead of on the large map
         x = spatially_modulated_conv2d(x, weight, styles, padding=self.padding, demodulation=None)
         return bias_act.bias_act(x, self.bias.to(x.dtype), clamp=self.conv_clamp)
@@ -435,14 +454,17 @@ class SpatialSynthesisBlock(torch.nn.Module):
     """One resolution of the synthesis network: (x, img, e of the block before, ws) -> (x, img, e).
 
     As StyleGAN2's block ('skip', 'resnet' or 'orig'), with one encoder branch that reads the w of its conv1.
+    `shape`: [H,W], None for [resolution, resolution]; `half_dtype`: what `use_fp16` computes in, 'float16' or
+    'bfloat16'.
     """
 
     def __init__(
         self, in_channels, out_channels, w_dim, resolution, img_channels, is_last, architecture="skip",
         resample_filter=[1, 3, 3, 1], conv_clamp=None, use_fp16=False, fp16_channels_last=False, encoder_init="exact",
-        encoder_kwargs={}, **layer_kwargs
+        encoder_kwargs={}, shape=None, half_dtype="float16", **layer_kwargs
     ):  # fmt: skip
         assert architecture in ("orig", "skip", "resnet"), architecture
+        assert half_dtype in HALF_DEVICES, half_dtype
         assert encoder_init in ("exact", "random", "none"), encoder_init
         super().__init__()
         self.in_channels, self.w_dim, self.resolution, self.img_channels = (
@@ -452,17 +474,20 @@ class SpatialSynthesisBlock(torch.nn.Module):
             img_channels,
         )
         self.is_last, self.architecture, self.use_fp16 = is_last, architecture, use_fp16
+        self.shape, self.half_dtype = [resolution] * 2 if shape is None else list(shape), half_dtype
+        sized = {} if shape is None else dict(shape=shape)
         self.channels_last = use_fp16 and fp16_channels_last
         self.register_buffer("resample_filter", upfirdn2d.setup_filter(resample_filter))
         self.num_conv = self.num_torgb = 0
         self.encoder = None
         if encoder_init != "none":
             mapped = w_dim if encoder_init == "random" else None
-            self.encoder = SpatialEncoder(w_dim, resolution, out_features=mapped, **encoder_kwargs)
+            self.encoder = SpatialEncoder(w_dim, resolution, out_features=mapped, **sized, **encoder_kwargs)
+        layer_kwargs.update(sized)
         shared = dict(conv_clamp=conv_clamp, encoder_init=encoder_init)
         shared.update(encoder_channels=encoder_kwargs.get("channels", 128))
         if in_channels == 0:
-            self.const = torch.nn.Parameter(torch.randn([out_channels, resolution, resolution]))
+            self.const = torch.nn.Parameter(torch.randn([out_channels] + self.shape))
         else:
             self.conv0 = SpatialSynthesisLayer(
                 in_channels,
@@ -488,12 +513,12 @@ class SpatialSynthesisBlock(torch.nn.Module):
             )
 
     def forward(self, x, img, e, ws, force_fp32=False, **layer_kwargs):
-        """x [N,I,R/2,R/2] (None in the first block), img [N,C,R/2,R/2] or None, ws: one map per layer
+        """x [N,I,H/2,W/2] (None in the first block), img [N,C,H/2,W/2] or None, ws: one map per layer
         [N,C,h,w]."""
         w_iter = iter(ws)
         device = ws[0].device.type
-        half = self.use_fp16 and not force_fp32 and device == "cuda"
-        dtype = torch.float16 if half else torch.float32
+        half = self.use_fp16 and not force_fp32 and device in HALF_DEVICES[self.half_dtype]
+        dtype = getattr(torch, self.half_dtype) if half else torch.float32
         last = device == "cpu" or (half and self.channels_last)  # on a CPU convolutions and filters prefer it
         layout = torch.channels_last if last else torch.contiguous_format
         below = e
@@ -521,24 +546,25 @@ class SpatialSynthesisBlock(torch.nn.Module):
 
 @persistence.persistent_class
 class SpatialSynthesisNetwork(torch.nn.Module):
-    """ws [N,num_ws,w_dim] -> pictures [N,img_channels,R,R], nominally in [-1,1]; blocks b4, b8, ..., b{R}.
+    """ws [N,num_ws,w_dim] -> pictures [N,img_channels,H,W], nominally in [-1,1]; blocks b4, b8, ..., b{4 * 2^n}.
 
     encoder_init: 'exact' starts as the StyleGAN2 that the other tensors are from, 'random' is the paper's
     start, 'none' leaves the encoder out. encoder_kwargs: options of SpatialEncoder. demodulation: see
-    `expected_variance`.
+    `expected_variance`. num_fp16_res: how many of the last blocks, b4 excepted, compute in half precision.
+    img_shape: [H,W], whose longer side img_resolution is; None for a square.
     """
 
     def __init__(
         self, w_dim, img_resolution, img_channels, latent_grid=[4, 4], channel_base=32768, channel_max=512,
-        num_fp16_res=0, **block_kwargs
+        num_fp16_res=0, img_shape=None, **block_kwargs
     ):  # fmt: skip
-        assert img_resolution >= 4 and img_resolution & (img_resolution - 1) == 0, (
-            "resolution must be a power of two"
-        )
         super().__init__()
         self.w_dim, self.img_resolution, self.img_channels = w_dim, img_resolution, img_channels
+        self.img_shape = [img_resolution] * 2 if img_shape is None else [int(side) for side in img_shape]
+        assert max(self.img_shape) == img_resolution, "img_resolution must be the longer side of img_shape"
+        h0, w0, doublings = split_shape(*self.img_shape)
         self.latent_grid = [int(side) for side in latent_grid]
-        self.img_resolution_log2 = img_resolution.bit_length() - 1
+        self.img_resolution_log2 = doublings + 2  # of the last block's resolution
         self.block_resolutions = [2**i for i in range(2, self.img_resolution_log2 + 1)]
         first_fp16 = max(2 ** (self.img_resolution_log2 + 1 - num_fp16_res), 8)
         block_w_dim = w_dim // (self.latent_grid[0] * self.latent_grid[1])
@@ -546,16 +572,17 @@ class SpatialSynthesisNetwork(torch.nn.Module):
         self.num_ws = 1
         for res in self.block_resolutions:
             out_channels = min(channel_base // res, channel_max)
+            sized = {} if h0 == w0 == 4 else dict(shape=[h0 * res // 4, w0 * res // 4])
             block = SpatialSynthesisBlock(
                 in_channels, out_channels, block_w_dim, resolution=res, img_channels=img_channels,
-                is_last=res == img_resolution, use_fp16=res >= first_fp16, **block_kwargs,
+                is_last=res == self.block_resolutions[-1], use_fp16=res >= first_fp16, **sized, **block_kwargs,
             )  # fmt: skip
             setattr(self, "b%d" % res, block)
             self.num_ws += block.num_conv
             in_channels = out_channels
 
     def forward(self, ws, noise_mode="random", force_fp32=False, fused_modconv=None):
-        """ws [N,num_ws,w_dim] -> float32 [N,img_channels,R,R]. `fused_modconv` is accepted and has no meaning
+        """ws [N,num_ws,w_dim] -> float32 [N,img_channels,H,W]. `fused_modconv` is accepted and has no meaning
         here: a style that varies in space cannot be folded into the weights."""
         misc.assert_shape(ws, [None, self.num_ws, self.w_dim])
         ws = ws.to(torch.float32).reshape([ws.shape[0], self.num_ws, -1] + self.latent_grid).unbind(dim=1)
@@ -574,7 +601,8 @@ class SpatialGenerator(torch.nn.Module):
     """Spatially Stochastic Network: flat z [N,z_dim] -> pictures; independent latent blocks on `latent_grid`
     = [h, w].
 
-    z_dim and w_dim are totals over the blocks (512 channels on 4x4: 8192). Sampling, style mixing,
+    z_dim and w_dim are totals over the blocks (512 channels on 4x4: 8192). img_shape: [H,W], whose longer side
+    img_resolution is; None for a square. Sampling, style mixing,
     truncation, path length and projection of the StyleGAN2 family work on it unchanged; code that wants the
     grid asks for `latent_grid`.
     """
@@ -589,6 +617,7 @@ class SpatialGenerator(torch.nn.Module):
         latent_grid=[4, 4],
         mapping_kwargs={},
         synthesis_kwargs={},
+        img_shape=None,
     ):
         super().__init__()
         blocks = latent_grid[0] * latent_grid[1]
@@ -604,8 +633,10 @@ class SpatialGenerator(torch.nn.Module):
             img_resolution=img_resolution,
             img_channels=img_channels,
             latent_grid=latent_grid,
+            **({} if img_shape is None else dict(img_shape=img_shape)),
             **synthesis_kwargs,
         )
+        self.img_shape = list(self.synthesis.img_shape)
         self.num_ws = self.synthesis.num_ws
         self.mapping = SpatialMappingNetwork(
             z_dim=z_dim,
@@ -617,6 +648,6 @@ class SpatialGenerator(torch.nn.Module):
         )
 
     def forward(self, z, c, truncation_psi=1, truncation_cutoff=None, **synthesis_kwargs):
-        """z [N,z_dim] or [N,C,h,w], c [N,c_dim] -> float32 [N,img_channels,R,R], nominally in [-1,1]."""
+        """z [N,z_dim] or [N,C,h,w], c [N,c_dim] -> float32 [N,img_channels,H,W], nominally in [-1,1]."""
         ws = self.mapping(z, c, truncation_psi=truncation_psi, truncation_cutoff=truncation_cutoff)
         return self.synthesis(ws, **synthesis_kwargs)

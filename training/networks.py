@@ -5,7 +5,11 @@ Persistent classes: the source of this module travels inside every pickle, so it
 NVIDIA's checkouts have too, reads under Python 3.7 and holds plain Python state.
 
 Weights are stored with unit variance (divided by the layer's learning-rate multiplier) and scaled at run time
-by `weight_gain`, so that one learning rate suits all layers. Shapes: N samples, C/I/O channels, R resolution.
+by `weight_gain`, so that one learning rate suits all layers.
+
+A picture of H x W pixels is h0 x w0 doubled n times. Blocks are named after the resolution r = 4, 8, ..., 4 * 2^n
+that they have in the family's square networks (h0 = w0 = 4), and have its widths; their pictures are h0 * r/4 x
+w0 * r/4. Shapes: N samples, C/I/O channels, H, W height and width of a layer's or block's picture.
 """
 
 # The mutable defaults below are part of the public signatures and are never written to.
@@ -19,6 +23,8 @@ from torch_utils import misc, persistence
 from torch_utils.ops import bias_act, conv2d_resample, fma, upfirdn2d
 
 ARCHITECTURES = ("orig", "skip", "resnet")
+HALF_DEVICES = {"float16": ["cuda"], "bfloat16": ["cuda", "cpu"]}  # on others float32 stays
+SMALLEST, LARGEST = 4, 32  # sides of h0 x w0
 HALF_POWER = math.sqrt(0.5)  # two branches of equal variance, so scaled, add up to that variance again
 
 # ----------------------------------------------------------------------------
@@ -108,13 +114,14 @@ def _conv_shared_kernel(x, weight, styles, scale, noise, resampling):
     return x * scale if noise is None else fma.fma(x, scale, noise)
 
 
-def _compute_format(device, use_fp16, channels_last, cpu_layout=torch.contiguous_format):
-    """dtype and memory format in which a block computes; float16 pays on CUDA only."""
-    if device.type == "cpu":
-        return torch.float32, cpu_layout
-    if not use_fp16 or device.type != "cuda":
-        return torch.float32, torch.contiguous_format
-    return torch.float16, torch.channels_last if channels_last else torch.contiguous_format
+def _compute_format(
+    device, use_fp16, channels_last, half_dtype="float16", cpu_layout=torch.contiguous_format
+):
+    """dtype and memory format in which a block computes."""
+    if use_fp16 and device.type in HALF_DEVICES[half_dtype]:
+        last = channels_last or device.type == "cpu"
+        return getattr(torch, half_dtype), torch.channels_last if last else torch.contiguous_format
+    return torch.float32, cpu_layout if device.type == "cpu" else torch.contiguous_format
 
 
 def _random_kernel(out_channels, in_channels, kernel_size, channels_last):
@@ -126,11 +133,31 @@ def _default_gain(activation):
     return float(bias_act.activation_funcs[activation].def_gain)  # plain: NumPy scalars must not be pickled
 
 
-def _log2(resolution):
-    assert resolution >= 4 and resolution & (resolution - 1) == 0, (
-        "resolution must be a power of two, 4 or more"
+def split_shape(height, width):
+    """(h0, w0, n): height = h0 * 2^n, width = w0 * 2^n, n as large as it can be with h0, w0 >= 4."""
+    n = 0
+    while height % 2 == 0 and width % 2 == 0 and min(height, width) >= 2 * SMALLEST:
+        height, width, n = height // 2, width // 2, n + 1
+    assert SMALLEST <= min(height, width) and max(height, width) <= LARGEST, (
+        "pictures must be h0 x w0 doubled n times, with h0 and w0 from %d to %d" % (SMALLEST, LARGEST)
     )
-    return resolution.bit_length() - 1
+    return height, width, n
+
+
+def _picture_shape(img_resolution, img_shape):
+    """[H,W]: img_shape, whose longer side img_resolution must be, or the square of that side."""
+    shape = [img_resolution] * 2 if img_shape is None else [int(side) for side in img_shape]
+    assert max(shape) == img_resolution, "img_resolution must be the longer side of img_shape"
+    return shape
+
+
+def _block_shapes(img_shape):
+    """{r: dict(shape=[h0 * r/4, w0 * r/4])} of the blocks r = 4, 8, ...; {r: {}} where the shape is [r,r]."""
+    h0, w0, n = split_shape(*img_shape)
+    resolutions = [4 * 2**i for i in range(n + 1)]
+    if h0 == w0 == 4:
+        return {r: {} for r in resolutions}
+    return {r: dict(shape=[h0 * r // 4, w0 * r // 4]) for r in resolutions}
 
 
 def _channels(resolution, channel_base, channel_max):
@@ -286,17 +313,19 @@ class MappingNetwork(torch.nn.Module):
 
 @persistence.persistent_class
 class SynthesisLayer(torch.nn.Module):
-    """Modulated 3x3 convolution with noise, bias and activation: x [N,I,R/up,R/up], w [N,w_dim] -> [N,O,R,R].
+    """Modulated 3x3 convolution with noise, bias and activation: x [N,I,H/up,W/up], w [N,w_dim] -> [N,O,H,W].
 
-    R is `resolution`. There is no weight_gain, since demodulation cancels any.
+    [H,W] is `shape` (None: [resolution, resolution]). There is no weight_gain, since demodulation cancels
+    any.
     """
 
     def __init__(
         self, in_channels, out_channels, w_dim, resolution, kernel_size=3, up=1, use_noise=True,
-        activation="lrelu", resample_filter=[1, 3, 3, 1], conv_clamp=None, channels_last=False,
+        activation="lrelu", resample_filter=[1, 3, 3, 1], conv_clamp=None, channels_last=False, shape=None,
     ):  # fmt: skip
         super().__init__()
         self.resolution, self.up, self.padding = resolution, up, kernel_size // 2
+        self.shape = [resolution] * 2 if shape is None else list(shape)
         self.use_noise, self.activation, self.conv_clamp = use_noise, activation, conv_clamp
         self.act_gain = _default_gain(activation)
         self.register_buffer("resample_filter", upfirdn2d.setup_filter(resample_filter))
@@ -305,7 +334,7 @@ class SynthesisLayer(torch.nn.Module):
             _random_kernel(out_channels, in_channels, kernel_size, channels_last)
         )
         if use_noise:
-            self.register_buffer("noise_const", torch.randn([resolution, resolution]))
+            self.register_buffer("noise_const", torch.randn(self.shape))
             self.noise_strength = torch.nn.Parameter(torch.zeros([]))
         self.bias = torch.nn.Parameter(torch.zeros([out_channels]))
 
@@ -313,15 +342,13 @@ class SynthesisLayer(torch.nn.Module):
         if mode == "none" or not self.use_noise:
             return None
         if mode == "const":
-            return self.noise_const * self.noise_strength  # [R,R]
-        shape = [x.shape[0], 1, self.resolution, self.resolution]
-        return torch.randn(shape, device=x.device) * self.noise_strength
+            return self.noise_const * self.noise_strength  # [H,W]
+        return torch.randn([x.shape[0], 1] + self.shape, device=x.device) * self.noise_strength
 
     def forward(self, x, w, noise_mode="random", fused_modconv=True, gain=1):
-        """x [N,I,R/up,R/up], w [N,w_dim] -> [N,O,R,R]. noise_mode: 'random', 'const' (stored), 'none'."""
+        """x [N,I,H/up,W/up], w [N,w_dim] -> [N,O,H,W]. noise_mode: 'random', 'const' (stored), 'none'."""
         assert noise_mode in ("random", "const", "none"), noise_mode
-        side = self.resolution // self.up
-        misc.assert_shape(x, [None, self.weight.shape[1], side, side])
+        misc.assert_shape(x, [None, self.weight.shape[1]] + [side // self.up for side in self.shape])
         noise = self._noise(x, noise_mode)
         x = modulated_conv2d(
             x, self.weight, self.affine(w), noise=noise, up=self.up, padding=self.padding,
@@ -357,18 +384,21 @@ class ToRGBLayer(torch.nn.Module):
 class SynthesisBlock(torch.nn.Module):
     """All layers of one resolution: conv0 (up-sampling), conv1, torgb, skip, those that the architecture has.
 
-    in_channels = 0 makes the first block: a learned constant instead of conv0 and its input. `layer_kwargs`
-    go to SynthesisLayer.
+    in_channels = 0 makes the first block: a learned constant instead of conv0 and its input. `shape`: [H,W],
+    None for [resolution, resolution]; `half_dtype`: what `use_fp16` computes in, 'float16' or 'bfloat16';
+    `layer_kwargs` go to SynthesisLayer.
     """
 
     def __init__(
         self, in_channels, out_channels, w_dim, resolution, img_channels, is_last, architecture="skip",
-        resample_filter=[1, 3, 3, 1], conv_clamp=None, use_fp16=False, fp16_channels_last=False,
-        **layer_kwargs
+        resample_filter=[1, 3, 3, 1], conv_clamp=None, use_fp16=False, fp16_channels_last=False, shape=None,
+        half_dtype="float16", **layer_kwargs
     ):  # fmt: skip
         assert architecture in ARCHITECTURES, architecture
+        assert half_dtype in HALF_DEVICES, half_dtype
         super().__init__()
         self.architecture, self.is_last, self.use_fp16 = architecture, is_last, use_fp16
+        self.shape, self.half_dtype = [resolution] * 2 if shape is None else list(shape), half_dtype
         self.in_channels, self.img_channels = in_channels, img_channels
         self.resolution, self.w_dim = resolution, w_dim
         self.channels_last = use_fp16 and fp16_channels_last
@@ -377,8 +407,10 @@ class SynthesisBlock(torch.nn.Module):
         self.register_buffer("resample_filter", upfirdn2d.setup_filter(resample_filter))
         shared = dict(conv_clamp=conv_clamp, channels_last=self.channels_last)
         layer_kwargs = dict(layer_kwargs, w_dim=w_dim, resolution=resolution, **shared)
+        if shape is not None:
+            layer_kwargs["shape"] = shape
         if in_channels == 0:
-            self.const = torch.nn.Parameter(torch.randn([out_channels, resolution, resolution]))
+            self.const = torch.nn.Parameter(torch.randn([out_channels] + self.shape))
         else:
             self.conv0 = SynthesisLayer(
                 in_channels, out_channels, up=2, resample_filter=resample_filter, **layer_kwargs
@@ -393,14 +425,16 @@ class SynthesisBlock(torch.nn.Module):
             )  # fmt: skip
 
     def forward(self, x, img, ws, force_fp32=False, fused_modconv=None, **layer_kwargs):
-        """Returns (x [N,O,R,R], img [N,img_channels,R,R] or None if nothing made one yet).
+        """Returns (x [N,O,H,W], img [N,img_channels,H,W] or None if nothing made one yet).
 
-        x [N,I,R/2,R/2] (None in the first block), img [N,img_channels,R/2,R/2] or None,
+        x [N,I,H/2,W/2] (None in the first block), img [N,img_channels,H/2,W/2] or None,
         ws [N,num_conv+num_torgb,w_dim]; layer_kwargs: noise_mode.
         """
         misc.assert_shape(ws, [None, self.num_conv + self.num_torgb, self.w_dim])
         half = self.use_fp16 and not force_fp32
-        dtype, layout = _compute_format(ws.device, half, self.channels_last, cpu_layout=torch.channels_last)
+        dtype, layout = _compute_format(
+            ws.device, half, self.channels_last, half_dtype=self.half_dtype, cpu_layout=torch.channels_last
+        )
         if fused_modconv is None:  # never in training, see modulated_conv2d; on CPU it only costs time
             pays = (dtype == torch.float32 or ws.shape[0] == 1) and ws.device.type != "cpu"
             fused_modconv = pays and not self.training
@@ -408,7 +442,7 @@ class SynthesisBlock(torch.nn.Module):
         styles = ws.unbind(dim=1)
         x = self._features(x, styles, dtype, layout, layer_kwargs)
         if img is not None:
-            misc.assert_shape(img, [None, self.img_channels, self.resolution // 2, self.resolution // 2])
+            misc.assert_shape(img, [None, self.img_channels] + [side // 2 for side in self.shape])
             img = upfirdn2d.upsample2d(img, self.resample_filter)
         if self.num_torgb:
             rgb = self.torgb(x, styles[-1], fused_modconv=fused_modconv)
@@ -417,12 +451,11 @@ class SynthesisBlock(torch.nn.Module):
         return x, img
 
     def _features(self, x, styles, dtype, layout, layer_kwargs):
-        """The convolutions of the block -> [N,O,R,R] of the given dtype and memory format."""
+        """The convolutions of the block -> [N,O,H,W] of the given dtype and memory format."""
         if self.in_channels == 0:
             x = self.const.to(dtype).repeat(styles[0].shape[0], 1, 1, 1).contiguous(memory_format=layout)
             return self.conv1(x, styles[0], **layer_kwargs)
-        side = self.resolution // 2
-        misc.assert_shape(x, [None, self.in_channels, side, side])
+        misc.assert_shape(x, [None, self.in_channels] + [side // 2 for side in self.shape])
         x = x.to(dtype=dtype, memory_format=layout)
         y = self.conv0(x, styles[0], **layer_kwargs)
         if self.architecture != "resnet":
@@ -432,20 +465,23 @@ class SynthesisBlock(torch.nn.Module):
 
 @persistence.persistent_class
 class SynthesisNetwork(torch.nn.Module):
-    """Maps ws [N,num_ws,w_dim] to an image [N,img_channels,R,R]; blocks b4, b8, ..., b{R}.
+    """Maps ws [N,num_ws,w_dim] to an image [N,img_channels,H,W]; blocks b4, b8, ..., b{4 * 2^n}.
 
-    A block at resolution r has min(channel_base // r, channel_max) channels; the `num_fp16_res` highest
-    resolutions compute in float16 (on CUDA). `block_kwargs` go to SynthesisBlock.
+    Block r has min(channel_base // r, channel_max) channels; the last `num_fp16_res` blocks, but for b4,
+    compute in half precision (see HALF_DEVICES). `img_shape`: [H,W], whose longer side `img_resolution` is;
+    None for a square. `block_kwargs` go to SynthesisBlock.
     """
 
     def __init__(
         self, w_dim, img_resolution, img_channels, channel_base=32768, channel_max=512, num_fp16_res=0,
-        **block_kwargs
+        img_shape=None, **block_kwargs
     ):  # fmt: skip
         super().__init__()
         self.w_dim, self.img_channels = w_dim, img_channels
-        self.img_resolution, self.img_resolution_log2 = img_resolution, _log2(img_resolution)
-        self.block_resolutions = [2**i for i in range(2, self.img_resolution_log2 + 1)]
+        self.img_resolution, self.img_shape = img_resolution, _picture_shape(img_resolution, img_shape)
+        shapes = _block_shapes(self.img_shape)
+        self.block_resolutions = list(shapes)
+        self.img_resolution_log2 = len(shapes) + 1  # of the last block's resolution
         first_fp16 = _first_fp16_resolution(self.img_resolution_log2, num_fp16_res)
         self.num_ws = 0
         in_channels = 0
@@ -453,7 +489,8 @@ class SynthesisNetwork(torch.nn.Module):
             out_channels = _channels(resolution, channel_base, channel_max)
             block = SynthesisBlock(
                 in_channels, out_channels, w_dim, resolution, img_channels,
-                is_last=resolution == img_resolution, use_fp16=resolution >= first_fp16, **block_kwargs,
+                is_last=resolution == self.block_resolutions[-1], use_fp16=resolution >= first_fp16,
+                **shapes[resolution], **block_kwargs,
             )  # fmt: skip
             setattr(self, "b%d" % resolution, block)
             self.num_ws += block.num_conv
@@ -461,7 +498,7 @@ class SynthesisNetwork(torch.nn.Module):
         self.num_ws += 1  # the last torgb; any other shares its w with the next block's first layer
 
     def forward(self, ws, **block_kwargs):
-        """ws [N,num_ws,w_dim] -> float32 [N,img_channels,R,R], nominally in [-1,1], not clamped.
+        """ws [N,num_ws,w_dim] -> float32 [N,img_channels,H,W], nominally in [-1,1], not clamped.
 
         block_kwargs: noise_mode ('random', 'const', 'none'), force_fp32, fused_modconv.
         """
@@ -478,14 +515,21 @@ class SynthesisNetwork(torch.nn.Module):
 
 @persistence.persistent_class
 class Generator(torch.nn.Module):
-    """z [N,z_dim], c [N,c_dim] -> image [N,img_channels,R,R]: `mapping` followed by `synthesis`."""
+    """z [N,z_dim], c [N,c_dim] -> image [N,img_channels,H,W]: `mapping` followed by `synthesis`.
+
+    `img_shape`: [H,W], whose longer side `img_resolution` is; None for a square.
+    """
 
     def __init__(
-        self, z_dim, c_dim, w_dim, img_resolution, img_channels, mapping_kwargs={}, synthesis_kwargs={}
-    ):
+        self, z_dim, c_dim, w_dim, img_resolution, img_channels, mapping_kwargs={}, synthesis_kwargs={},
+        img_shape=None,
+    ):  # fmt: skip
         super().__init__()
         self.img_resolution, self.img_channels = img_resolution, img_channels
+        self.img_shape = _picture_shape(img_resolution, img_shape)
         self.z_dim, self.c_dim, self.w_dim = z_dim, c_dim, w_dim
+        if img_shape is not None:
+            synthesis_kwargs = dict(synthesis_kwargs, img_shape=img_shape)
         self.synthesis = SynthesisNetwork(w_dim, img_resolution, img_channels, **synthesis_kwargs)
         self.num_ws = self.synthesis.num_ws
         self.mapping = MappingNetwork(z_dim, c_dim, w_dim, num_ws=self.num_ws, **mapping_kwargs)
@@ -505,17 +549,20 @@ class DiscriminatorBlock(torch.nn.Module):
     """All layers of one resolution: fromrgb, conv0, conv1 (down-sampling), skip, those the architecture has.
 
     in_channels = 0 makes the first block, which sees the image only. Layers are numbered from
-    `first_layer_idx` in the order above; those below `freeze_layers` are not trainable.
+    `first_layer_idx` in the order above; those below `freeze_layers` are not trainable. `shape`: [H,W], None
+    for [resolution, resolution]; `half_dtype`: what `use_fp16` computes in, 'float16' or 'bfloat16'.
     """
 
     def __init__(
         self, in_channels, tmp_channels, out_channels, resolution, img_channels, first_layer_idx,
         architecture="resnet", activation="lrelu", resample_filter=[1, 3, 3, 1], conv_clamp=None,
-        use_fp16=False, fp16_channels_last=False, freeze_layers=0,
+        use_fp16=False, fp16_channels_last=False, freeze_layers=0, shape=None, half_dtype="float16",
     ):  # fmt: skip
         assert in_channels in (0, tmp_channels), "in_channels must be 0 or equal to tmp_channels"
         assert architecture in ARCHITECTURES, architecture
+        assert half_dtype in HALF_DEVICES, half_dtype
         super().__init__()
+        self.shape, self.half_dtype = [resolution] * 2 if shape is None else list(shape), half_dtype
         self.architecture, self.use_fp16, self.first_layer_idx = architecture, use_fp16, first_layer_idx
         self.in_channels, self.img_channels, self.resolution = in_channels, img_channels, resolution
         self.channels_last = use_fp16 and fp16_channels_last
@@ -537,18 +584,19 @@ class DiscriminatorBlock(torch.nn.Module):
         self.num_layers = len(layers)
 
     def forward(self, x, img, force_fp32=False):
-        """Returns (x [N,O,R/2,R/2], img [N,img_channels,R/2,R/2], or None unless 'skip').
+        """Returns (x [N,O,H/2,W/2], img [N,img_channels,H/2,W/2], or None unless 'skip').
 
-        x [N,in_channels,R,R] (None in the first block), img [N,img_channels,R,R] (None where no fromrgb
+        x [N,in_channels,H,W] (None in the first block), img [N,img_channels,H,W] (None where no fromrgb
         reads it).
         """
         device = (img if x is None else x).device
-        dtype, layout = _compute_format(device, self.use_fp16 and not force_fp32, self.channels_last)
+        half = self.use_fp16 and not force_fp32
+        dtype, layout = _compute_format(device, half, self.channels_last, half_dtype=self.half_dtype)
         if x is not None:
-            misc.assert_shape(x, [None, self.in_channels, self.resolution, self.resolution])
+            misc.assert_shape(x, [None, self.in_channels] + self.shape)
             x = x.to(dtype=dtype, memory_format=layout)
         if self.in_channels == 0 or self.architecture == "skip":
-            misc.assert_shape(img, [None, self.img_channels, self.resolution, self.resolution])
+            misc.assert_shape(img, [None, self.img_channels] + self.shape)
             seen = self.fromrgb(img.to(dtype=dtype, memory_format=layout))
             x = seen if x is None else x + seen
             img = upfirdn2d.downsample2d(img, self.resample_filter) if self.architecture == "skip" else None
@@ -586,15 +634,16 @@ class DiscriminatorEpilogue(torch.nn.Module):
     """Last block: minibatch statistics, a 3x3 convolution and two fully connected layers, always in float32.
 
     cmap_dim > 0: the result is the projection of the output on the mapped label `cmap`, divided by
-    sqrt(cmap_dim).
+    sqrt(cmap_dim). `shape`: [H,W], None for [resolution, resolution].
     """
 
     def __init__(
         self, in_channels, cmap_dim, resolution, img_channels, architecture="resnet", mbstd_group_size=4,
-        mbstd_num_channels=1, activation="lrelu", conv_clamp=None,
+        mbstd_num_channels=1, activation="lrelu", conv_clamp=None, shape=None,
     ):  # fmt: skip
         assert architecture in ARCHITECTURES, architecture
         super().__init__()
+        self.shape = [resolution] * 2 if shape is None else list(shape)
         self.architecture, self.cmap_dim, self.resolution = architecture, cmap_dim, resolution
         self.in_channels, self.img_channels = in_channels, img_channels
         if architecture == "skip":
@@ -609,18 +658,20 @@ class DiscriminatorEpilogue(torch.nn.Module):
             activation=activation,
             conv_clamp=conv_clamp,
         )
-        self.fc = FullyConnectedLayer(in_channels * resolution**2, in_channels, activation=activation)
+        self.fc = FullyConnectedLayer(
+            in_channels * self.shape[0] * self.shape[1], in_channels, activation=activation
+        )
         self.out = FullyConnectedLayer(in_channels, cmap_dim if cmap_dim > 0 else 1)
 
     def forward(self, x, img, cmap, force_fp32=False):
-        """x [N,in_channels,R,R], img [N,img_channels,R,R] ('skip' only), cmap [N,cmap_dim] (if > 0) -> [N,1].
+        """x [N,in_channels,H,W], img [N,img_channels,H,W] ('skip' only), cmap [N,cmap_dim] (if > 0) -> [N,1].
 
         `force_fp32` changes nothing here; it keeps the call that of the other blocks.
         """
-        misc.assert_shape(x, [None, self.in_channels, self.resolution, self.resolution])
+        misc.assert_shape(x, [None, self.in_channels] + self.shape)
         x = x.to(dtype=torch.float32, memory_format=torch.contiguous_format)
         if self.architecture == "skip":
-            misc.assert_shape(img, [None, self.img_channels, self.resolution, self.resolution])
+            misc.assert_shape(img, [None, self.img_channels] + self.shape)
             x = x + self.fromrgb(img.to(dtype=torch.float32, memory_format=torch.contiguous_format))
         if self.mbstd is not None:
             x = self.mbstd(x)
@@ -633,21 +684,23 @@ class DiscriminatorEpilogue(torch.nn.Module):
 
 @persistence.persistent_class
 class Discriminator(torch.nn.Module):
-    """Image [N,img_channels,R,R] and label [N,c_dim] -> logits [N,1]; blocks b{R}, ..., b8, b4.
+    """Image [N,img_channels,H,W] and label [N,c_dim] -> logits [N,1]; blocks b{4 * 2^n}, ..., b8, b4.
 
     b4 is the epilogue. A conditional discriminator maps its label to cmap_dim features (default: as many as
-    the channels at 4x4).
+    the channels at 4x4). `img_shape`: [H,W], whose longer side `img_resolution` is; None for a square.
     """
 
     def __init__(
         self, c_dim, img_resolution, img_channels, architecture="resnet", channel_base=32768, channel_max=512,
         num_fp16_res=0, conv_clamp=None, cmap_dim=None, block_kwargs={}, mapping_kwargs={},
-        epilogue_kwargs={},
+        epilogue_kwargs={}, img_shape=None,
     ):  # fmt: skip
         super().__init__()
         self.c_dim, self.img_channels = c_dim, img_channels
-        self.img_resolution, self.img_resolution_log2 = img_resolution, _log2(img_resolution)
-        self.block_resolutions = [2**i for i in range(self.img_resolution_log2, 2, -1)]
+        self.img_resolution, self.img_shape = img_resolution, _picture_shape(img_resolution, img_shape)
+        shapes = _block_shapes(self.img_shape)
+        self.block_resolutions = list(shapes)[:0:-1]  # b4 aside
+        self.img_resolution_log2 = len(shapes) + 1  # of the first block's resolution
         first_fp16 = _first_fp16_resolution(self.img_resolution_log2, num_fp16_res)
         shared = dict(img_channels=img_channels, architecture=architecture, conv_clamp=conv_clamp)
         in_channels = layer_idx = 0
@@ -656,7 +709,7 @@ class Discriminator(torch.nn.Module):
             out_channels = _channels(resolution // 2, channel_base, channel_max)
             block = DiscriminatorBlock(
                 in_channels, tmp_channels, out_channels, resolution=resolution, first_layer_idx=layer_idx,
-                use_fp16=resolution >= first_fp16, **block_kwargs, **shared,
+                use_fp16=resolution >= first_fp16, **shapes[resolution], **block_kwargs, **shared,
             )  # fmt: skip
             setattr(self, "b%d" % resolution, block)
             layer_idx += block.num_layers
@@ -668,11 +721,11 @@ class Discriminator(torch.nn.Module):
                 z_dim=0, c_dim=c_dim, w_dim=cmap_dim, num_ws=None, w_avg_beta=None, **mapping_kwargs
             )
         self.b4 = DiscriminatorEpilogue(
-            last_channels, cmap_dim=cmap_dim, resolution=4, **epilogue_kwargs, **shared
+            last_channels, cmap_dim=cmap_dim, resolution=4, **shapes[4], **epilogue_kwargs, **shared
         )
 
     def forward(self, img, c, **block_kwargs):
-        """img [N,img_channels,R,R], nominally in [-1,1]; c [N,c_dim] (None if c_dim is 0) -> logits [N,1]."""
+        """img [N,img_channels,H,W], nominally in [-1,1]; c [N,c_dim] (None if c_dim is 0) -> logits [N,1]."""
         x = None
         for resolution in self.block_resolutions:
             x, img = getattr(self, "b%d" % resolution)(x, img, **block_kwargs)
