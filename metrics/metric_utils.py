@@ -198,10 +198,15 @@ def real_batches(opts, dataset, num_items, batch_size, data_loader_kwargs=None):
 
 
 def open_dataset(opts):
-    """The data set of the options. ValueError where there is none."""
+    """The data set of the options. ValueError where there is none, or one of another shape than the network's."""
     if "class_name" not in opts.dataset_kwargs:
         raise ValueError("This metric needs a data set; please specify --data")
-    return dnnlib.util.construct_class_by_name(**opts.dataset_kwargs)
+    dataset = dnnlib.util.construct_class_by_name(**opts.dataset_kwargs)
+    made, real = getattr(opts.G, "img_shape", None), dataset.image_shape[1:]
+    if made is not None and list(made) != list(real):
+        sizes = [f"{width}x{height}" for height, width in (real, made)]
+        raise ValueError(f"Pictures of {dataset.name} are {sizes[0]} pixels, those of the network {sizes[1]}")
+    return dataset
 
 
 # ----------------------------------------------------------------------------------------

@@ -68,10 +68,10 @@ class PPLSampler(torch.nn.Module):
         return first.lerp(second, t.reshape(-1, 1, 1))
 
     def _prepare(self, images):
-        """The centre of the picture where `crop`, then at most 256 pixels a side by averaging."""
+        """The middle of the picture where `crop`, then at most 256 pixels along the longer side by averaging."""
         if self.crop:
-            unit = images.shape[2] // 8
-            images = images[:, :, 3 * unit : 7 * unit, 2 * unit : 6 * unit]
+            y, x = images.shape[2] // 8, images.shape[3] // 8
+            images = images[:, :, 3 * y : 7 * y, 2 * x : 6 * x]
         factor = self.G.img_resolution // 256  # of the whole picture, also after a crop: as in the family
         return F.avg_pool2d(images, factor) if factor > 1 else images
 

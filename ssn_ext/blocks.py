@@ -5,6 +5,7 @@ A grid is (h, w) and has B = h*w blocks, numbered row by row from the top left. 
 channel-major: [..., C*h*w] is [..., C, h, w] seen as one axis; the value at [c, r, k] is of block r*w + k.
 """
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -122,6 +123,21 @@ def _intervals(parts: int, size: int) -> torch.Tensor:
 
 
 # Names of grids and blocks.
+
+
+def default_grid(height: int, width: int) -> list[int]:
+    """[h, w] for pictures of this shape: square blocks of one size, 3 to 5 of them along the shorter side.
+
+    4x4 for a square, 4x6 for 3:2, 3x4 for 4:3. Proportions that have no such grid, 16:9 for one, get 4 blocks
+    along the shorter side and nearly square ones.
+    """
+    common = math.gcd(height, width)
+    h, w = height // common, width // common
+    while min(h, w) < 3:
+        h, w = 2 * h, 2 * w
+    if min(h, w) > 5:
+        h, w = (round(4 * side / min(height, width)) for side in (height, width))
+    return [h, w]
 
 
 def parse_grid(text: str) -> list[int]:

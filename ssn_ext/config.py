@@ -2,13 +2,14 @@
 """The configs of the plug-in: a StyleGAN2 config, edited."""
 
 import dnnlib
-from ssn_ext.blocks import parse_grid
+from ssn_ext.blocks import default_grid, parse_grid
 from ssn_ext.transfer import constructor_kwargs, spatial_kwargs
 from training import configs
 from training.configs import ConfigError
+from training.shapes import shape_of
 
 # Arguments of the networks that the training loop fills in from the data set.
-FROM_DATA = ["c_dim", "img_resolution", "img_channels"]
+FROM_DATA = ["c_dim", "img_resolution", "img_channels", "img_shape"]
 
 
 def ssn(c, opts):
@@ -16,22 +17,22 @@ def ssn(c, opts):
     far-reaching edits.
 
     Widths, depth, architecture and clamp are those of the --resume file; without one, the paper row of the
-    resolution (below 256: laptop).
+    resolution of the last block of layers (pictures below 256 pixels: laptop).
     """
-    resolution = c.training_set_kwargs.resolution
-    rows = {256: configs.paper256, 512: configs.paper512, 1024: configs.paper1024}
-    rows.get(resolution, configs.laptop if resolution < 256 else configs.paper1024)(c, opts)
+    small = c.training_set_kwargs.resolution < 256
+    rows = {256: configs.paper256, 512: configs.paper512}
+    by_block = rows.get(max(opts.block_resolution, 256), configs.paper1024)
+    (configs.laptop if small else by_block)(c, opts)
     try:
-        grid = parse_grid(opts.latent_grid or "4x4")
+        grid = parse_grid(opts.latent_grid) if opts.latent_grid else None
     except ValueError as err:
         raise ConfigError(f"--latent-grid={err}") from err
-    if opts.source is None:
-        plain = c.G_kwargs
-    else:
-        plain, grid = widths_of(opts.source, c, grid if opts.latent_grid else None)
-    if max(grid) > resolution:
+    plain, old_grid = (c.G_kwargs, None) if opts.source is None else widths_of(opts.source, c, opts.img_shape)
+    height, width = opts.img_shape
+    grid = grid or old_grid or default_grid(height, width)
+    if grid[0] > height or grid[1] > width:
         raise ConfigError(
-            f"--latent-grid: {grid[0]}x{grid[1]} blocks do not fit into {resolution} pixels a side"
+            f"--latent-grid: {grid[0]} rows of {grid[1]} blocks do not fit into {width}x{height} pixels"
         )
     c.G_kwargs = dnnlib.EasyDict(spatial_kwargs(plain, grid), class_name="ssn_ext.networks.SpatialGenerator")
     synthesis = c.G_kwargs.synthesis_kwargs = dnnlib.EasyDict(c.G_kwargs.get("synthesis_kwargs", {}))
@@ -50,25 +51,23 @@ def ssn(c, opts):
     c.tick_hooks.append("ssn_ext.hooks.ChangeMaps")
 
 
-def widths_of(source, c, grid):
-    """(constructor arguments of a plain generator, grid) from the networks of a snapshot; sets c.D_kwargs
-    likewise.
+def widths_of(source, c, img_shape):
+    """(constructor arguments of a plain generator, grid of a spatial source or None) from the networks of a
+    snapshot; sets c.D_kwargs likewise.
 
-    grid: the one asked for, or None for that of a spatial source, else 4x4.
+    img_shape: [H, W] of the data set, which must be the network's.
     """
     G, D = source["G_ema"], source["D"]
-    if G.img_resolution != c.training_set_kwargs.resolution:
-        raise ConfigError(
-            f"--resume: the network makes {G.img_resolution}x{G.img_resolution} pictures, --data has"
-            f" {c.training_set_kwargs.resolution}x{c.training_set_kwargs.resolution}"
-        )
+    if shape_of(G) != img_shape:
+        sizes = [f"{width}x{height}" for height, width in (shape_of(G), img_shape)]
+        raise ConfigError(f"--resume: the network makes {sizes[0]} pictures, --data has {sizes[1]}")
     plain = _own_kwargs(G)
     old = plain.pop("latent_grid", None)
     if old is not None:
         for name in ["z_dim", "w_dim"]:
             plain[name] //= old[0] * old[1]
     c.D_kwargs = dnnlib.EasyDict(_own_kwargs(D), class_name=c.D_kwargs.class_name)
-    return plain, grid or old or [4, 4]
+    return plain, old
 
 
 def _own_kwargs(network):

@@ -9,6 +9,7 @@ import torch
 from metrics import detectors, metric_utils
 from ssn_ext import blocks, distortion, figures, floor, resampling
 from torch_utils.images import to_float, write_png
+from training.shapes import shape_of
 
 NUM_LATENTS = 1024
 NUM_PERCEPTUAL = 64  # latents whose edits are also compared by a detector: 2 * B + 1 passes each
@@ -34,7 +35,7 @@ def ldbr_dist(opts):
     if opts.rank != 0:
         return {}
     matrices = influence_samples(opts, G, NUM_LATENTS).numpy()  # [N, B, B]
-    result = summarise_influence(matrices, G.latent_grid, [G.img_resolution] * 2)
+    result = summarise_influence(matrices, G.latent_grid, shape_of(G))
     if detector is not None:
         for key, value in perceptual_changes(opts, G, detector, NUM_PERCEPTUAL).items():
             result[detectors.result_name(key, source)] = value
@@ -60,12 +61,12 @@ def ldbr_floor(opts):
         )
     if opts.rank != 0:
         return {}
-    masks = blocks.block_masks(G.latent_grid, [G.img_resolution] * 2)
+    masks = blocks.block_masks(G.latent_grid, shape_of(G))
     data, made = dataset_pixels(opts), generated_pixels(opts, G)
     of_data = floor.ldbr_floor(samples=data, masks=masks, progress=reporter(opts, "floor of the data"))
     own = floor.ldbr_floor(samples=made, masks=masks, progress=reporter(opts, "own floor"))
     matrices = influence_samples(opts, G, NUM_LATENTS).numpy()
-    change = summarise_influence(matrices, G.latent_grid, [G.img_resolution] * 2)
+    change = summarise_influence(matrices, G.latent_grid, shape_of(G))
     opts.details.update(num_latents=NUM_LATENTS, num_real=len(data), num_gen=len(made), noise_mode="const")
     return {
         "ldbr_floor": of_data.floor,
@@ -141,7 +142,7 @@ def perceptual_changes(opts, G, detector, count):
     Outside: between g(z) and g(z^a) with block a pasted back; inside: between g(z) and g(z) with block a of
     g(z^a) pasted in.
     """
-    masks = blocks.block_masks(G.latent_grid, [G.img_resolution] * 2, device=opts.device)
+    masks = blocks.block_masks(G.latent_grid, shape_of(G), device=opts.device)
     progress = opts.progress.sub(tag="perceptual", num_items=count, flush_interval=16)
     values = {"outside": [], "inside": []}
     for z, fresh, c in latent_pairs(opts, count):

@@ -36,7 +36,7 @@ def register():
         "--latent-grid",
         desc="grid{}",
         metavar="HxW",
-        help="Rows and columns of latent blocks  [default: 4x4]",
+        help="Rows and columns of latent blocks  [default: square blocks, 4x4 for square pictures]",
         **group,
     )
     add_option(

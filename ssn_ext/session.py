@@ -14,6 +14,7 @@ from ssn_ext import blocks as block_tools
 from ssn_ext import figures, resampling, results
 from torch_utils.distributed import choose_device
 from torch_utils.images import read_image, to_uint8, write_png
+from training.shapes import shape_of
 from training.snapshot import load_network_pkl
 
 DEFAULT_CANDIDATES = 4
@@ -176,7 +177,7 @@ def _passed_on(opts: Options, earlier: Earlier) -> dict[str, Any]:
 
 def _choose_blocks(opts: Options, G: torch.nn.Module) -> tuple[list[int], torch.Tensor]:
     """The blocks to re-draw, and the pixels meant to change: those of the blocks, or the user's mask."""
-    shape = list(getattr(G, "img_shape", [G.img_resolution] * 2))
+    shape = shape_of(G)
     if opts.mask is None:
         blocks = block_tools.parse_blocks(opts.blocks, G.latent_grid) if opts.blocks else []
         return blocks, block_tools.union_mask(blocks, G.latent_grid, shape)

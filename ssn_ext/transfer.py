@@ -4,7 +4,9 @@
 import copy
 import inspect
 
+from ssn_ext.blocks import default_grid
 from training import snapshot
+from training.shapes import shape_of
 
 
 def is_encoder(name):
@@ -73,15 +75,16 @@ def constructor_kwargs(network):
     return kwargs
 
 
-def from_stylegan2(G, latent_grid=(4, 4), **synthesis_kwargs):
+def from_stylegan2(G, latent_grid=None, **synthesis_kwargs):
     """A spatial generator that gives G's picture for one vector in all blocks: the exact start, without
     training.
 
-    synthesis_kwargs are added to those of G (demodulation, encoder_init, encoder_kwargs...).
+    latent_grid: None for blocks.default_grid, 4x4 for square pictures. synthesis_kwargs are added to those of G
+    (demodulation, encoder_init, encoder_kwargs...).
     """
     from ssn_ext.networks import SpatialGenerator
 
-    kwargs = spatial_kwargs(constructor_kwargs(G), latent_grid)
+    kwargs = spatial_kwargs(constructor_kwargs(G), latent_grid or default_grid(*shape_of(G)))
     kwargs["synthesis_kwargs"] = {**kwargs.get("synthesis_kwargs", {}), **synthesis_kwargs}
     result = SpatialGenerator(**kwargs).eval().requires_grad_(False)
     spatial_from(G, result)

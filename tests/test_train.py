@@ -163,7 +163,7 @@ def test_options_do_what_they_say(tmp_path):
         (["--cfg=ssn", "--set=loss_kwargs.kwargs=1"], "--set loss_kwargs.kwargs: kwargs is not known there"),
         (
             ["--cfg=ssn", "--latent-grid=64x64"],
-            "--latent-grid: 64x64 blocks do not fit into 32 pixels a side",
+            "--latent-grid: 64 rows of 64 blocks do not fit into 32x32 pixels",
         ),
         (
             ["--set=G_kwargs.synthesis_kwargs.bogus=1"],
@@ -200,11 +200,60 @@ def test_missing_options_are_named():
 
 
 @pytest.mark.parametrize(
-    "size,message", [((24, 24), "must be 4, 8, 16, ... pixels a side, not 24"), ((8, 16), "quare")]
+    "size,message",
+    [
+        (
+            (66, 44),
+            "pictures of 66x44 pixels are 33x22 doubled 1 times, and 32x32 is the most that can be doubled; 64x44",
+        ),
+        ((2, 16), "pictures must be at least 4 pixels a side, not 2x16"),
+        ((31, 20), "pictures of 31x20 pixels cannot be halved; their sides must be even, and 8 at least"),
+    ],
 )
 def test_pictures_of_unusable_sizes(tmp_path, size, message):
     PIL.Image.new("RGB", size).save(tmp_path / "one.png")
-    assert message in error(f"--data={tmp_path}")
+    assert error(f"--data={tmp_path}").startswith(f"--data: {message}")
+
+
+def picture_folder(path, width, height):
+    path.mkdir()
+    PIL.Image.new("RGB", (width, height)).save(path / "one.png")
+    return f"--data={path}"
+
+
+def test_shape_decides_the_default_grid_and_the_row(tmp_path):
+    wide = picture_folder(tmp_path / "wide", 32, 24)
+    c = plan("--cfg=ssn", wide)
+    assert c["training_set_kwargs"]["resolution"] == 32
+    assert c["G_kwargs"]["latent_grid"] == [3, 4] and c["G_kwargs"]["z_dim"] == 64 * 12
+    assert plan("--cfg=ssn", wide, "--latent-grid=2x5")["G_kwargs"]["latent_grid"] == [2, 5]
+    message = "--latent-grid: 25 rows of 4 blocks do not fit into 32x24 pixels"
+    assert error("--cfg=ssn", wide, "--latent-grid=25x4") == message
+    # 9x16 doubled five times: the last block is b128, below any row of the papers, yet no drawing
+    large = plan("--cfg=ssn", picture_folder(tmp_path / "large", 512, 288))
+    assert large["G_kwargs"]["latent_grid"] == [4, 7]
+    assert large["G_kwargs"]["synthesis_kwargs"]["channel_base"] == 16384
+    tall = plan("--cfg=ssn", picture_folder(tmp_path / "tall", 512, 768))  # 6x4 doubled seven times
+    assert tall["G_kwargs"]["latent_grid"] == [6, 4]
+    assert tall["G_kwargs"]["synthesis_kwargs"]["channel_base"] == 32768
+    # auto weighs R1 by the number of pixels
+    c = plan(wide)
+    assert c["loss_kwargs"]["r1_gamma"] == pytest.approx(0.0002 * 24 * 32 / c["batch_size"])
+
+
+def test_networks_that_know_squares_only_are_named(tmp_path):
+    data = picture_folder(tmp_path / "wide", 32, 24)
+    message = error(data, "--set=G_kwargs.class_name=training.networks.MappingNetwork")
+    assert (
+        message
+        == "--data: pictures are 32x24 pixels, and training.networks.MappingNetwork knows square ones only"
+    )
+
+
+def test_a_source_of_another_shape_is_refused(stylegan2_pkl, tmp_path):
+    data = picture_folder(tmp_path / "wide", 32, 24)
+    message = error("--cfg=ssn", data, f"--resume={stylegan2_pkl}")
+    assert message == "--resume: the network makes 32x32 pictures, --data has 32x24"
 
 
 def test_help_shows_plugin_options_under_their_heading():

@@ -239,7 +239,8 @@ class AugmentPipe(torch.nn.Module):
     The settings with a suffix say how far a transform may go: xint_max, xfrac_std, cutout_size as shares of
     the image; scale_std, aniso_std, contrast_std, saturation_std, imgfilter_std in octaves; rotate_max and
     hue_max as shares of 180 degrees; brightness_std, noise_std in pixel values. imgfilter_bands: a strength
-    for each band. `p` is a buffer, which the adaptive controller sets.
+    for each band. `p` is a buffer, which the adaptive controller sets. rotate90 turns pictures that are not
+    square by half turns only, which keep them in their frame.
     """
 
     def __init__(
@@ -304,7 +305,9 @@ class AugmentPipe(torch.nn.Module):
         if self.xflip > 0:
             steps.append(scale2d_inv(1 - 2 * dice.choice(2, self.xflip * self.p), 1))
         if self.rotate90 > 0:
-            steps.append(rotate2d_inv(dice.choice(4, self.rotate90 * self.p) * (-math.pi / 2)))
+            quarters = 4 if width == height else 2  # in another frame a quarter turn would lose content
+            turns = dice.choice(quarters, self.rotate90 * self.p) * (4 // quarters)
+            steps.append(rotate2d_inv(turns * (-math.pi / 2)))
         if self.xint > 0:
             t = dice.uniform(self.xint_max, self.xint * self.p, size=2)
             steps.append(translate2d_inv(torch.round(t[:, 0] * width), torch.round(t[:, 1] * height)))

@@ -14,6 +14,7 @@ from collections import namedtuple
 
 import dnnlib
 from dnnlib.plugins import Registry
+from training.shapes import split_shape
 
 CONFIGS = Registry("config")
 for _name in ["auto", "stylegan2", "paper256", "paper512", "paper1024", "cifar", "laptop"]:
@@ -63,11 +64,12 @@ ROWS = {
 def auto(c, opts):
     """Settings by heuristics from the resolution and the number of GPUs: a start for new data sets."""
     res, gpus = c.training_set_kwargs.resolution, c.num_gpus
+    height, width = opts.img_shape
     mb = max(min(gpus * min(4096 // res, 32), 64), gpus)
-    row = dict(ref_gpus=gpus, kimg=25000, mb=mb, mbstd=min(mb // gpus, 4), fmaps=1 if res >= 512 else 0.5)
-    row.update(
-        lrate=0.002 if res >= 1024 else 0.0025, gamma=0.0002 * res**2 / mb, ema=mb * 10 / 32, ramp=0.05, map=2
-    )
+    fmaps = 1 if opts.block_resolution >= 512 else 0.5
+    row = dict(ref_gpus=gpus, kimg=25000, mb=mb, mbstd=min(mb // gpus, 4), fmaps=fmaps)
+    gamma = 0.0002 * (height * width) / mb
+    row.update(lrate=0.002 if res >= 1024 else 0.0025, gamma=gamma, ema=mb * 10 / 32, ramp=0.05, map=2)
     apply_row(c, **row)
 
 
@@ -180,6 +182,7 @@ def make_config(opts):
     desc += _plugin_options(opts)
     for assignment in opts.set or []:
         set_option(c, assignment)
+    _check_shape(c, opts)
     _check_batch(c)
     return c, "-".join(part for part in desc if part)
 
@@ -251,10 +254,15 @@ def _dataset(c, opts):
     try:
         data = dnnlib.util.construct_class_by_name(**kwargs)
         kwargs.update(resolution=data.resolution, use_labels=data.has_labels, max_size=len(data))
+        opts.img_shape = data.image_shape[1:]
+        h0, w0, doublings = split_shape(*opts.img_shape)
     except (OSError, ValueError) as err:
         raise ConfigError(f"--data: {err}") from err
-    if kwargs.resolution < 4 or kwargs.resolution & (kwargs.resolution - 1):
-        raise ConfigError(f"--data: pictures must be 4, 8, 16, ... pixels a side, not {kwargs.resolution}")
+    if doublings == 0:
+        raise ConfigError(
+            f"--data: pictures of {w0}x{h0} pixels cannot be halved; their sides must be even, and 8 at least"
+        )
+    opts.block_resolution = 4 * 2**doublings  # after which the last block of layers is named
     desc = data.name
     if opts.cond:
         if not data.has_labels:
@@ -366,6 +374,15 @@ def _plugin_options(opts):
             )
         desc.append(option.desc.format(value))
     return desc
+
+
+def _check_shape(c, opts):
+    height, width = opts.img_shape
+    for class_name in [c.G_kwargs.class_name, c.D_kwargs.class_name]:
+        if height != width and "img_shape" not in _argument_names(dnnlib.util.get_obj_by_name(class_name)):
+            raise ConfigError(
+                f"--data: pictures are {width}x{height} pixels, and {class_name} knows square ones only"
+            )
 
 
 def _check_batch(c):

@@ -128,11 +128,8 @@ class Dataset(torch.utils.data.Dataset):
 
     @property
     def resolution(self) -> int:
-        """Side of the (square) images; ValueError if they are not square."""
-        _, height, width = self.image_shape
-        if height != width:
-            raise ValueError(f"Images of '{self.name}' are {width}x{height} pixels; they must be square")
-        return height
+        """Side of square images, the longer one of others (see image_shape)."""
+        return max(self.image_shape[1:])
 
     @property
     def label_shape(self) -> list[int]:
@@ -175,6 +172,7 @@ class ImageFolderDataset(Dataset):
     Images are 8-bit RGB or grey and of one size; nothing is converted. The labels are those of `dataset.json`
     if it is there: {"labels": [["00000/img00000000.png", 6], ...]}, each a class or a list of numbers.
     Files whose name starts with a dot are left out (macOS puts such companions beside pictures).
+    resolution: what the longer side must be; None takes any.
     Raises IOError for a path, an archive or a file that cannot be used.
     """
 
@@ -194,7 +192,7 @@ class ImageFolderDataset(Dataset):
 
         first = self._decode(0)
         height, width = first.shape[1:]
-        if resolution is not None and (height, width) != (resolution, resolution):
+        if resolution is not None and max(height, width) != resolution:
             raise OSError(
                 f"Image files do not match the specified resolution: '{self._image_fnames[0]}' is"
                 f" {width}x{height}, resolution is {resolution}"

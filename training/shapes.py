@@ -23,6 +23,11 @@ def split_shape(height: int, width: int) -> tuple[int, int, int]:
     return h0, w0, n
 
 
+def shape_of(G) -> list[int]:
+    """[H, W] of a generator's pictures; networks of the family, which know squares only, have no img_shape."""
+    return list(getattr(G, "img_shape", [G.img_resolution] * 2))
+
+
 def _nearest(height: int, width: int) -> str:
     """'WxH' of the largest size within the picture's, whose sides are multiples of one power of two, that can be
     had."""

@@ -273,6 +273,9 @@ class Run:
         self.say("Constructing networks...")
         c, data = self.c, self.training_set
         common = dict(c_dim=data.label_dim, img_resolution=data.resolution, img_channels=data.num_channels)
+        height, width = data.image_shape[1:]
+        if height != width:  # left out for squares: their pickles keep the family's arguments
+            common["img_shape"] = [height, width]
         build = dnnlib.util.construct_class_by_name
         self.G = build(**c.G_kwargs, **common).train().requires_grad_(False).to(self.device)
         self.D = build(**c.D_kwargs, **common).train().requires_grad_(False).to(self.device)

@@ -104,6 +104,8 @@ def test_crop_and_size():
     assert sampler.vgg16.shape == [4, 3, 8, 8]
     picture = torch.arange(256.0).reshape(1, 1, 16, 16)
     assert torch.equal(sampler._prepare(picture), picture[:, :, 6:14, 4:12])
+    wide = torch.arange(384.0).reshape(1, 1, 16, 24)
+    assert torch.equal(sampler._prepare(wide), wide[:, :, 6:14, 6:18])
     G.img_resolution = 512  # what counts is the whole picture, also after a crop
     assert torch.equal(sampler._prepare(picture)[0, 0, 0, 0], picture[0, 0, 6:8, 4:6].mean())
 

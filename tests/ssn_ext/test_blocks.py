@@ -9,6 +9,7 @@ import torch
 from ssn_ext.blocks import (
     block_masks,
     blocks_of_mask,
+    default_grid,
     halo_masks,
     neighbours,
     parse_blocks,
@@ -121,6 +122,24 @@ def test_a_painted_mask_finds_its_blocks():
     mask[0:3, 0:4] = True  # 14 of block 0's 16 pixels, 2 of block 2's
     assert blocks_of_mask(mask, (2, 2), coverage=0.5) == [0]
     assert blocks_of_mask(mask & False, (2, 2)) == []
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid"),
+    [
+        ((64, 64), [4, 4]),
+        ((160, 160), [4, 4]),
+        ((128, 192), [4, 6]),
+        ((384, 512), [3, 4]),
+        ((64, 16), [16, 4]),
+        ((640, 512), [5, 4]),
+        ((576, 1024), [4, 7]),
+    ],
+)
+def test_default_grids(shape, grid):
+    assert default_grid(*shape) == grid
+    sides = [block_masks(grid, shape).any(dim=axis).sum(dim=1) for axis in (2, 1)]  # heights, widths
+    assert max(s.max() for s in sides) <= 1.03 * min(s.min() for s in sides)  # square, of one size
 
 
 @pytest.mark.parametrize(

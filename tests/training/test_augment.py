@@ -200,6 +200,19 @@ def test_rotate90_turns_by_quarters(quarter, route):
     assert_near(out, torch.rot90(x, quarter, dims=[2, 3]))
 
 
+def test_rotate90_turns_other_frames_by_halves(route):
+    x = pictures(2, 3, 12, 20)
+    pipe = pipe_of("rotate90")
+    assert torch.equal(pipe(x, debug_percentile=0.4), x)
+    assert_near(pipe(x, debug_percentile=0.6), x.flip([2, 3]))
+    torch.manual_seed(0)
+    made = pipe(torch.cat([x] * 8))  # no quarter turns among random ones
+    kinds = torch.stack(
+        [(made - torch.cat([each] * 8)).flatten(1).norm(dim=1) for each in (x, x.flip([2, 3]))]
+    )
+    assert (kinds.amin(dim=0) < 0.1 * x[0].norm()).all() and kinds.argmin(dim=0).unique().numel() == 2
+
+
 def test_xint_shifts_by_whole_pixels_and_reflects(route):
     x = pictures(2, 3, 16, 24)
     out = pipe_of("xint")(x, debug_percentile=0.9)  # 0.8 * 0.125 = a tenth: 2.4 -> 2 right, 1.6 -> 2 down

@@ -139,12 +139,10 @@ def test_folder_and_zip_give_the_same_pixels_in_the_order_of_names(tmp_path, as_
     assert data.name == "faces" and len(data) == 10
     assert data.image_shape == list(expected.shape[1:]) and data.num_channels == expected.shape[1]
     np.testing.assert_array_equal(np.stack([data[i][0] for i in range(10)]), expected)
-    if shape[0] == shape[1]:
-        assert data.resolution == 8
-        assert ImageFolderDataset(str(path), resolution=8).resolution == 8
-    else:
-        with pytest.raises(ValueError, match="'faces' are 8x4 pixels; they must be square"):
-            _ = data.resolution
+    assert data.resolution == 8  # the longer side
+    assert ImageFolderDataset(str(path), resolution=8).resolution == 8
+    with pytest.raises(OSError, match="resolution is 4"):
+        ImageFolderDataset(str(path), resolution=4)
 
 
 def test_pillow_alone_decodes_the_same_pixels(tmp_path, monkeypatch):

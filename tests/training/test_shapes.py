@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sizes of pictures as a small size and a number of doublings."""
 
+import itertools
 import re
+from types import SimpleNamespace
 
 import pytest
 
-from training.shapes import split_shape
+from ssn_ext import networks as ssn_networks
+from training import networks
+from training.shapes import shape_of, split_shape
 
 
 @pytest.mark.parametrize("n", range(9))
@@ -41,3 +45,24 @@ def test_refused_with_a_size_that_would_do():
     assert split_shape(height, width) and height <= 1080 and width <= 1920
     with pytest.raises(ValueError, match="at least 4 pixels"):
         split_shape(2, 64)
+
+
+def test_shape_of_networks_that_know_squares_only():
+    assert shape_of(SimpleNamespace(img_resolution=64)) == [64, 64]
+    assert shape_of(SimpleNamespace(img_resolution=64, img_shape=(48, 64))) == [48, 64]
+
+
+@pytest.mark.parametrize("module", [networks, ssn_networks])
+def test_the_modules_that_pickles_carry_hold_the_same_rule(module):
+    seen = set()
+    for height, width in itertools.product(range(0, 80), [4, 7, 12, 40, 62, 128, 576]):
+        try:
+            expected = split_shape(height, width)
+        except ValueError:
+            expected = None
+            with pytest.raises(AssertionError, match="h0 x w0 doubled n times"):
+                module.split_shape(height, width)
+        else:
+            assert module.split_shape(height, width) == expected
+        seen.add(expected is None)
+    assert seen == {True, False}
