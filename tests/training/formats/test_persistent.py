@@ -174,7 +174,7 @@ def test_what_cannot_be_rebuilt_is_named():
         G, at("synthesis.b16", lambda s: s["_modules"].update(conv1="x"))
     )
     assert "speed" in refusal(G, at("", lambda s: s["_init_kwargs"].update(speed=9)))
-    assert "takes 7 arguments" in refusal(G, at("", lambda s: s.update(_init_args=(1,) * 9)))
+    assert "takes 8 arguments" in refusal(G, at("", lambda s: s.update(_init_args=(1,) * 9)))
 
 
 @pytest.mark.parametrize(
