@@ -24,7 +24,7 @@ MAX_MODULES = 5000
 
 # sha256 of sources that earlier versions of this project put into files, the shipped network's among them
 OUR_EARLIER_SOURCES = {
-    "cc84d9225584e8650b4bb4e3e9141290af4b23803a49fbd85e2f8e5772d35ca2": "ssn_ext/networks.py of 0.1",
+    "cc84d9225584e8650b4bb4e3e9141290af4b23803a49fbd85e2f8e5772d35ca2": "the networks of a plug-in, 0.1",
     "b10019e27b8596f0a704e00fdf4d02f0e04848cf6a0bc827a7b9fd913bc0b4dd": "training/networks.py of 0.1",
     "d4b2bbce75e96a9a05e576ef4eab0d94e7687facab4be100369cf396c34b89a1": "training/augment.py of 0.1",
 }
