@@ -63,10 +63,14 @@ class Logger:
         self.close()
 
     def __getattr__(self, name: str) -> Any:
-        # isatty(), encoding, fileno() and the like are those of the terminal behind.
+        # encoding, fileno() and the like are those of the terminal behind.
         if name in ("stdout", "stderr", "file"):
             raise AttributeError(name)
         return getattr(self.stdout, name)
+
+    def isatty(self) -> bool:
+        """Whether this is a terminal and nothing else: lines that are rewritten would pile up in the file."""
+        return self.file is None and self.stdout.isatty()
 
     def _sinks(self) -> list:
         return [self.stdout] if self.file is None else [self.file, self.stdout]
@@ -344,8 +348,9 @@ def open_url(
     name.
 
     Downloads are kept in `cache_dir` (default: 'downloads' in the cache) as <md5 of the URL>_<name> and never
-    fetched again. `num_attempts`: how often to try in all, without a pause. `return_filename` needs `cache`.
-    Raises IOError in one line when the file cannot be had, ValueError for a malformed URL.
+    fetched again; an interrupted one is gone on with. `num_attempts`: how many requests at most.
+    `return_filename` needs `cache`. Raises OSError in one line when the file cannot be had or is not what the
+    URL gave at first, ValueError for a malformed URL.
     """
     assert num_attempts >= 1
     assert cache or not return_filename
@@ -357,10 +362,10 @@ def open_url(
             raise ValueError(
                 f"Not a URL to download from: {url!r}; accepted: https://host.name/..., file://, a local path"
             )
+        if not cache:
+            return io.BytesIO(download.fetch_bytes(url, num_attempts, verbose))
         folder = make_cache_dir_path("downloads") if cache_dir is None else cache_dir
-        local, data = download.fetch(url, Path(folder) if cache else None, num_attempts, verbose)
-        if not return_filename and data is not None:
-            return io.BytesIO(data)
+        local = download.fetch(url, Path(folder), num_attempts, verbose)
     return str(local) if return_filename else open(local, "rb")
 
 

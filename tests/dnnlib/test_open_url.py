@@ -2,57 +2,13 @@
 """dnnlib.util.open_url against a web server on this machine that answers as it is told."""
 
 import hashlib
-import http.server
 import os
-import threading
-import types
 
 import pytest
 
-from dnnlib import download, util
+from dnnlib import util
 
 BINARY = bytes(range(256)) * 3  # not UTF-8, well below 8 KB
-
-
-class Server:
-    """Web server that gives the answers of `script`, path -> list of (status, headers, body), one by one."""
-
-    def __init__(self):
-        self.script: dict = {}
-        self.requests: list = []
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                outer.requests.append(self.path)
-                answers = outer.script[self.path]
-                status, headers, body = answers.pop(0) if len(answers) > 1 else answers[0]
-                self.send_response(status)
-                for item in {"Content-Length": str(len(body)), "Connection": "close", **headers}.items():
-                    self.send_header(*item)
-                self.end_headers()
-                self.wfile.write(body)
-
-            def log_message(self, *args):
-                pass
-
-        self.http = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs=dict(poll_interval=0.01))
-        self.thread.start()
-
-    def close(self):
-        self.http.shutdown()
-        self.thread.join()
-        self.http.server_close()
-
-
-@pytest.fixture
-def server(monkeypatch):
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    server = Server()
-    yield server
-    server.close()
 
 
 def read(*args, **kwargs):
@@ -103,7 +59,7 @@ def test_downloads_once_and_caches(server, tmp_path, capsys):
     assert read(url, cache_dir=str(tmp_path)) == BINARY
     assert capsys.readouterr().out == f"Downloading {url} ... done\n"
     name = hashlib.md5(url.encode()).hexdigest() + "_net_work.pkl"
-    assert os.listdir(tmp_path) == [name]
+    assert sorted(os.listdir(tmp_path)) == [f"{name[:32]}.json", name]
     assert util.open_url(url, cache_dir=str(tmp_path), return_filename=True) == str(tmp_path / name)
     assert read(url, cache_dir=str(tmp_path)) == BINARY
     assert len(server.requests) == 1
@@ -138,7 +94,12 @@ def test_offline_message_is_one_line_and_says_what_to_do(server, tmp_path, capsy
         util.open_url(url, cache_dir=str(tmp_path), num_attempts=2, verbose=False)
     message = str(info.value)
     assert url in message and "local path" in message and "\n" not in message
+    assert "(ConnectionError: no connection to 127.0.0.1)" in message
+    assert str(tmp_path) in message and "DNNLIB_CACHE_DIR" in message
     assert capsys.readouterr().out == "" and os.listdir(tmp_path) == []
+    with pytest.raises(OSError, match="ConnectionError") as info:
+        util.open_url(url, cache=False, num_attempts=1, verbose=False)
+    assert "DNNLIB_CACHE_DIR" not in str(info.value)
 
 
 def test_keyboard_interrupt_gets_through(server, tmp_path, monkeypatch):
@@ -162,12 +123,12 @@ def test_google_drive_confirmation(server, tmp_path):
         util.open_url(server.url + "/uc", cache=False, num_attempts=1, verbose=False)
 
 
-def test_google_drive_refusals(server, tmp_path):
-    server.script["/q"] = [(200, {}, b"<html>Google Drive - Quota exceeded</html>")]
-    with pytest.raises(OSError, match="quota"):
-        util.open_url(server.url + "/q", cache_dir=str(tmp_path), num_attempts=1, verbose=False)
-    page = types.SimpleNamespace(
-        content=b"<!DOCTYPE html><html>scan warning", url="https://drive.google.com/uc?id=1"
-    )
-    with pytest.raises(OSError, match="web page"):
-        download._reject_empty_and_pages(page)
+def test_pages_in_place_of_files(server, tmp_path):
+    quota, page = b"<html>Google Drive - Quota exceeded</html>", b"\n<!DOCTYPE html><html>log in first</html>"
+    server.script["/q"], server.script["/p.pkl"] = [(200, {}, quota)], [(200, {}, page)]
+    server.script["/p.html"] = [(200, {}, page)]
+    for path, message in [("/q", "quota"), ("/p.pkl", "web page in place of the file")]:
+        with pytest.raises(OSError, match=message):
+            util.open_url(server.url + path, cache_dir=str(tmp_path), verbose=False)
+    assert os.listdir(tmp_path) == [] and server.requests == ["/q", "/p.pkl"]  # asked once
+    assert read(server.url + "/p.html", cache_dir=str(tmp_path), verbose=False) == page
