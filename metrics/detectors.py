@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feature detectors: where each comes from, whether its file is the one seen before, and how it is called.
+"""Feature detectors: where each comes from, what results of it are called, and how it is called.
 
 A detector is a torch module that takes pictures [N, 3, H, W] in 0..255 and, as NVIDIA's TorchScript files
 do, is told by keywords what to return:
@@ -11,8 +11,6 @@ do, is told by keywords what to return:
 Results of any other detector than NVIDIA's two carry its name in their key (`result_name`).
 """
 
-import hashlib
-import json
 import os
 import re
 import warnings
@@ -21,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 import dnnlib
-from dnnlib.util import open_atomic
+from dnnlib import download
 from metrics import efficientnet_lite
 
 BASE_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
@@ -121,7 +119,7 @@ def resize_of(source):
 
 
 def local_file(source):
-    """Path of the detector's file on this machine; downloaded and compared with its recorded hash."""
+    """Path of the detector's file on this machine; downloaded at first use, and the same file ever after."""
     if source in OFFLINE:
         path = efficientnet_lite.weights_path()
         if path is None:
@@ -133,11 +131,11 @@ def local_file(source):
             raise DetectorError(f"--detector: {path} is not there")
         return path
     try:
-        path = dnnlib.util.open_url(source, num_attempts=2, return_filename=True)
+        return dnnlib.util.open_url(source, num_attempts=4, return_filename=True)
+    except download.ChecksumError as err:
+        raise DetectorError(str(err)) from err
     except OSError as err:
         raise DetectorError(_advice(source, err)) from err
-    _compare_with_record(source, path)
-    return path
 
 
 def _advice(source, err):
@@ -162,31 +160,8 @@ def _file_hash(path):
     stat = os.stat(path)
     key = (os.path.abspath(path), stat.st_size, stat.st_mtime_ns)
     if key not in _hashes:
-        digest = hashlib.sha256()
-        with open(path, "rb") as f:
-            while block := f.read(1 << 20):
-                digest.update(block)
-        _hashes[key] = digest.hexdigest()
+        _hashes[key] = download.sha256_of(path)
     return _hashes[key]
-
-
-def _compare_with_record(url, path):
-    """The first download of a URL writes its sha256 down, beside the cache; later uses must agree."""
-    record = dnnlib.make_cache_dir_path("detectors.json")
-    known = {}
-    if os.path.isfile(record):
-        with open(record, encoding="utf-8") as f:
-            known = json.load(f)
-    digest = _file_hash(path)
-    if url not in known:
-        os.makedirs(os.path.dirname(record), exist_ok=True)
-        with open_atomic(record) as f:
-            f.write(json.dumps(dict(known, **{url: digest}), indent=2).encode())
-    elif known[url] != digest:
-        raise DetectorError(
-            f"{path} is not what {url} first was: its sha256 is {digest[:16]}..., {record} says"
-            f" {known[url][:16]}...; delete the file to fetch it again, or the record to accept it"
-        )
 
 
 # ----------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import hashlib
-import json
 import pathlib
 
 import pytest
@@ -64,15 +63,16 @@ def test_unreachable(monkeypatch):
     assert "--detector=FOLDER" in message and "--detector=efficientnet-lite0" in message
 
 
-def test_first_download_is_recorded_and_later_ones_compared(detector_file, cache, monkeypatch):
-    monkeypatch.setattr(dnnlib.util, "open_url", lambda url, **_: detector_file)
+def test_a_file_that_is_not_the_first_one(detector_file, cache, monkeypatch):
+    """The cached file of a URL is hashed at its first use, and compared later."""
     url = choose("vgg16").source
-    digest = hashlib.sha256(pathlib.Path(detector_file).read_bytes()).hexdigest()
-    assert detectors.sha256_of(url) == digest
-    assert json.loads((cache / "detectors.json").read_text()) == {url: digest}
-    assert detectors.local_file(url) == detector_file
-    with open(detector_file, "ab") as f:
-        f.write(b"!")
+    (cache / "downloads").mkdir(parents=True)
+    path = cache / "downloads" / f"{hashlib.md5(url.encode()).hexdigest()}_vgg16.pt"
+    data = pathlib.Path(detector_file).read_bytes()
+    path.write_bytes(data)
+    assert detectors.local_file(url) == str(path)
+    assert detectors.sha256_of(url) == hashlib.sha256(data).hexdigest()
+    path.write_bytes(data + b"!")
     with pytest.raises(DetectorError, match="is not what https://.*vgg16.pt first was: its sha256 is"):
         detectors.local_file(url)
 
