@@ -2,6 +2,7 @@
 """Evaluate a network snapshot with any of the registered metrics."""
 
 import os
+import warnings
 
 import click
 
@@ -9,7 +10,7 @@ import dnnlib
 from dnnlib.cli import CommaList
 from dnnlib.plugins import PluginError, load_plugins
 from metrics import metric_main
-from training.configs import demo_file
+from training.configs import demo_file, resolve_resume
 
 DATASET_CLASS = "training.dataset.ImageFolderDataset"
 EPILOG = """\b
@@ -40,7 +41,14 @@ def plug_in():
 
 @click.command(epilog=EPILOG)
 @click.option(
-    "--network", "network_pkl", metavar="PATH", required=True, help="Snapshot to evaluate: file or URL"
+    "--network",
+    "network_pkl",
+    metavar="PATH",
+    required=True,
+    help="Snapshot to evaluate: file, URL or shorthand (ffhq256 ...)",
+)
+@click.option(
+    "--trust-pickle", is_flag=True, help="Run the code that --network holds; only for files that you trust"
 )
 @click.option(
     "--metrics",
@@ -95,6 +103,7 @@ def make_config(o):
             raise click.ClickException(
                 "\n  ".join(["--metrics can only contain the following values:", *valid])
             )
+    o.network_pkl = resolve_resume(o.network_pkl)
     if not (os.path.isfile(o.network_pkl) or dnnlib.util.is_url(o.network_pkl, allow_file_urls=True)):
         raise click.ClickException(f"--network must point to a file or URL, not {o.network_pkl}")
     args = dnnlib.EasyDict(
@@ -107,7 +116,7 @@ def make_config(o):
     except ValueError as err:
         raise click.ClickException(str(err)) from err
     args.run_dir = run_dir_of(o.network_pkl)
-    data = load_snapshot(o.network_pkl, o.verbose)
+    data = load_snapshot(o.network_pkl, o.trust_pickle, o.verbose)
     args.G = data["G_ema"]
     args.dataset_kwargs = dataset_options(o, data.get("training_set_kwargs"), args.G)
     return args
@@ -120,14 +129,15 @@ def run_dir_of(network_pkl):
     return folder if is_run else None
 
 
-def load_snapshot(network_pkl, verbose):
-    """The snapshot's dict; click.ClickException, in one line, if it cannot be read."""
+def load_snapshot(network_pkl, trust, verbose):
+    """The snapshot's dict, of networks only G_ema; click.ClickException, in one line, if it cannot be read."""
     from training.snapshot import load_network_pkl
 
     if verbose:
         click.echo(f"Loading network from {network_pkl}...")
     try:
-        return load_network_pkl(network_pkl)
+        path = dnnlib.util.open_url(network_pkl, return_filename=True, verbose=verbose)
+        return load_network_pkl(path, trust=trust, only=["G_ema"])
     except (OSError, ValueError) as err:
         raise click.ClickException(f"--network: {err}") from err
 
@@ -162,6 +172,8 @@ def show(args):
 
 def launch(args):
     """Runs the metrics in one process or several; click.ClickException for mistakes that show only now."""
+    from torch.multiprocessing import ProcessRaisedException
+
     from torch_utils import distributed
 
     problem = metric_main.why_unavailable(args.metrics, args.detector)
@@ -171,10 +183,24 @@ def launch(args):
         distributed.launch(work, args.num_gpus, (args,), device_type=args.device_type)
     except (OSError, ValueError) as err:
         raise click.ClickException(str(err)) from err
+    except ProcessRaisedException as err:  # its text is a traceback, which ends with the reason
+        raise click.ClickException(str(err).strip().rsplit("\n", 1)[-1]) from err
+
+
+def show_warning(message, *_where):
+    """A warning as users want it: one line, without a piece of our source."""
+    click.echo(f"Warning: {message}", err=True)
 
 
 def work(rank, args):
     """What each process does: all metrics, one after the other, features shared between them."""
+    with warnings.catch_warnings():
+        warnings.showwarning = show_warning
+        measure(rank, args)
+
+
+def measure(rank, args):
+    """Computes and reports the metrics."""
     import torch
 
     from metrics.metric_utils import ProgressMonitor

@@ -84,6 +84,15 @@ def _choose(role, choice):
     )
 
 
+def where(url, choice=None):
+    """The source of a detector that a metric names by URL: one of NVIDIA's files is taken from where
+    --detector says that these lie; everything else is that URL itself."""
+    if url not in URLS.values() or choice is None:
+        return url
+    detector = _choose(url, choice)
+    return detector.source if detector.official else url
+
+
 def result_name(metric, detector):
     """Key of a result: the metric's name, or one that names the detector and cannot be taken for the
     family's.

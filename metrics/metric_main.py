@@ -206,17 +206,7 @@ def calc_metric(metric, **kwargs):
 
     opts = metric_utils.MetricOptions(**kwargs)
     start = time.time()
-    results, failure = {}, None
-    try:
-        results = {key: _plain(value) for key, value in function(opts).items()}
-    except Exception as err:
-        if distributed.get_world_size() == 1:
-            raise
-        failure = err
-    if distributed.any_rank(
-        failure is not None, device=opts.device
-    ):  # no process may wait for another in vain
-        raise failure or RuntimeError(f"{metric} failed in another process")
+    results = metric_utils.agreed(opts, lambda: {key: _plain(value) for key, value in function(opts).items()})
     results, details = distributed.broadcast_object((results, dict(opts.details)))
     seconds = time.time() - start
     return dnnlib.EasyDict(

@@ -26,6 +26,7 @@ from torch_utils import distributed
 from torch_utils.images import to_uint8
 
 SHARED_LIMIT = 100000  # features of more pictures than this are not kept for the next metric of a call
+FEATURE_DTYPE = "float32"
 
 
 class MetricOptions:
@@ -58,8 +59,50 @@ class MetricOptions:
         self.batch_size = batch_size or (64 if self.device.type == "cuda" else 16)
         self.batch_gen, self.num_workers = batch_gen, num_workers
         self.details = dnnlib.EasyDict(
-            dtype="float32", device=self.device.type, seed=seed, G_kwargs=dict(self.G_kwargs), detector=None
+            dtype=self._dtype(),
+            device=self.device.type,
+            seed=seed,
+            G_kwargs=dict(self.G_kwargs),
+            detector=None,
         )
+
+    def _dtype(self):
+        """What the generator computes in: its half-precision layers are that on a GPU only."""
+        layers = self.G.modules() if isinstance(self.G, torch.nn.Module) else ()
+        half = any(getattr(layer, "use_fp16", False) for layer in layers)
+        mixed = half and self.device.type == "cuda" and not self.G_kwargs.get("force_fp32")
+        return "float16 and float32" if mixed else "float32"
+
+
+# ----------------------------------------------------------------------------------------
+# Several processes
+
+
+def agreed(opts, fn):
+    """What fn() returns; where it raises in one process, all raise, so that none waits for another in vain.
+
+    All processes must call it. The one that failed raises its own exception, the others a RuntimeError that
+    says the same.
+    """
+    if distributed.get_world_size() == 1:
+        return fn()
+    result, failure, text = None, None, None
+    try:
+        result = fn()
+    except Exception as err:
+        failure, text = err, f"{type(err).__name__}: {err}"
+    if distributed.any_rank(failure is not None, device=opts.device):
+        texts = [None] * distributed.get_world_size()
+        torch.distributed.all_gather_object(texts, text)
+        raise failure or RuntimeError(f"another process failed, {next(filter(None, texts))}")
+    return result
+
+
+def in_step(opts, items):
+    """Yields the items, as many in every process; making each of them is `agreed`."""
+    items, end = iter(items), object()
+    while (item := agreed(opts, lambda: next(items, end))) is not end:
+        yield item
 
 
 # ----------------------------------------------------------------------------------------
@@ -84,7 +127,7 @@ def get_feature_detector(url, device="cpu", num_gpus=1, rank=0, verbose=False):
 
 def open_detector(opts, detector_url):
     """The detector's module; its name and the sha256 of its file are noted in opts.details."""
-    module = get_feature_detector(detector_url, opts.device, opts.num_gpus, opts.rank)
+    module = agreed(opts, lambda: get_feature_detector(detector_url, opts.device, opts.num_gpus, opts.rank))
     opts.details.update(
         detector=get_feature_detector_name(detector_url),
         detector_sha256=detectors.sha256_of(detector_url),
@@ -213,6 +256,22 @@ def open_dataset(opts):
 # Features
 
 
+def resize_filter_of(dataset_kwargs):
+    """The filter that pictures were resized with, as dataset_tool.py writes it into dataset.json; None where
+    that does not say. It alone can move an FID by a tenth of its value."""
+    path = str(dataset_kwargs.get("path"))
+    try:
+        if os.path.isdir(path):
+            with open(os.path.join(path, "dataset.json"), "rb") as f:
+                text = f.read()
+        else:
+            with zipfile.ZipFile(path) as z:
+                text = z.read("dataset.json")
+        return json.loads(text)["made_by"]["resize_filter"]
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+        return None
+
+
 def data_fingerprint(dataset_kwargs):
     """sha256 of what the data set's path holds; None where no option names a file or folder.
 
@@ -250,7 +309,8 @@ def compute_feature_stats_for_dataset(
     depend on: options and contents of the data set, max_items, the detector's file, what it is asked for,
     the dtype.
     """
-    dataset = open_dataset(opts)
+    detector_url = detectors.where(detector_url, opts.detector)
+    dataset = agreed(opts, lambda: open_dataset(opts))
     detector = open_detector(opts, detector_url)
     num_items = len(dataset) if max_items is None else min(len(dataset), max_items)
     data_hash = data_fingerprint(opts.dataset_kwargs)
@@ -258,10 +318,11 @@ def compute_feature_stats_for_dataset(
         num_real=num_items,
         data=dataset.name,
         data_hash=data_hash,
+        data_resize=resize_filter_of(opts.dataset_kwargs),
         mirror=bool(opts.dataset_kwargs.get("xflip")),
     )
     what = opts.details.detector, opts.details.detector_sha256, detector_kwargs
-    key = _digest("real", dict(opts.dataset_kwargs), num_items, data_hash, what, opts.details.dtype)
+    key = _digest("real", dict(opts.dataset_kwargs), num_items, data_hash, what, FEATURE_DTYPE)
     file = None
     if opts.cache and data_hash is not None:
         name = f"{dataset.name}-{opts.details.detector}-{key}.pkl"
@@ -289,6 +350,7 @@ def compute_feature_stats_for_generator(
     if jit:
         raise ValueError("jit=True is not supported: TorchScript tracing is deprecated")
     assert max_items is not None
+    detector_url = detectors.where(detector_url, opts.detector)
     detector = open_detector(opts, detector_url)
     opts.details.num_gen = max_items
     labels_of = dict(opts.dataset_kwargs) if opts.G.c_dim else None
@@ -332,9 +394,9 @@ def _cached_stats(opts, key, file, pictures, detector, detector_kwargs, num_item
         if opts.shared is not None and num_items <= SHARED_LIMIT:
             wanted["capture_all"] = True  # all rows answer every metric
         stats = FeatureStats(max_items=num_items, **wanted)
-        for images in pictures():
-            features = detector(detectors.as_rgb(images), **detector_kwargs).to(torch.float32)
-            stats.append_torch(features, num_gpus=opts.num_gpus, rank=opts.rank)
+        batches = (detector(detectors.as_rgb(images), **detector_kwargs) for images in pictures())
+        for features in in_step(opts, batches):
+            stats.append_torch(features.to(torch.float32), num_gpus=opts.num_gpus, rank=opts.rank)
             progress.update(stats.num_items)
         if file is not None and opts.rank == 0:
             os.makedirs(os.path.dirname(file), exist_ok=True)
@@ -352,4 +414,4 @@ def _load_stats(opts, file):
         except (OSError, EOFError, KeyError, pickle.UnpicklingError) as err:
             warnings.warn(f"{file} is broken and will be written again ({err})", stacklevel=2)
     found = distributed.broadcast_object(stats is not None)
-    return FeatureStats.load(file) if found and opts.rank > 0 else stats
+    return agreed(opts, lambda: FeatureStats.load(file) if found and opts.rank > 0 else stats)

@@ -83,17 +83,22 @@ def compute_ppl(opts, num_samples, epsilon, space, sampling, crop, batch_size, j
         raise ValueError("jit=True is not supported: TorchScript tracing is deprecated")
     vgg16 = metric_utils.open_detector(opts, detectors.choose("vgg16", opts.detector).source)
     opts.details.num_gen = num_samples
-    dataset = metric_utils.label_dataset(opts)
+    dataset = metric_utils.agreed(opts, lambda: metric_utils.label_dataset(opts))
     num_labels = 0 if dataset is None else len(dataset)
+    opts.details.dtype = "float32"
     G = metric_utils.copy_of_generator(opts)
     sampler = PPLSampler(G, opts.G_kwargs, epsilon, space, sampling, crop, vgg16).eval()
     distances = metric_utils.FeatureStats(capture_all=True, max_items=num_samples)
     progress = opts.progress.sub("ppl sampling", num_samples)
-    for batch in metric_utils.chunks(metric_utils.shares(num_samples, opts), batch_size):
-        z, t, picks = metric_utils.latents(opts, batch, count=2, num_labels=num_labels)
-        c = metric_utils.labels_for(opts, dataset, picks)[:, 0]
-        with metric_utils.seeded(opts.device, opts.seed, batch[0]):
-            values = sampler(z.to(opts.device), t.to(opts.device), c)
+
+    def batches():
+        for batch in metric_utils.chunks(metric_utils.shares(num_samples, opts), batch_size):
+            z, t, picks = metric_utils.latents(opts, batch, count=2, num_labels=num_labels)
+            c = metric_utils.labels_for(opts, dataset, picks)[:, 0]
+            with metric_utils.seeded(opts.device, opts.seed, batch[0]):
+                yield sampler(z.to(opts.device), t.to(opts.device), c)
+
+    for values in metric_utils.in_step(opts, batches()):
         distances.append_torch(values[:, None], num_gpus=opts.num_gpus, rank=opts.rank)
         progress.update(distances.num_items)
     return trimmed_mean(distances.get_all()) if opts.rank == 0 else float("nan")

@@ -37,11 +37,11 @@ class ProgressMonitor:
             return
         self.shown_time, self.shown_items = now, cur_items
         if self.verbose and self.tag is not None:
-            text = self._line(cur_items, now - self.start_time)
+            seconds = now - self.start_time
             if terminal:
-                print(f"\r{text:<100s}", end="\n" if done else "", flush=True)
+                print(f"\r{self._bar(cur_items, seconds):<79s}", end="\n" if done else "", flush=True)
             else:
-                print(text, flush=True)
+                print(self._line(cur_items, seconds), flush=True)
         self._call_back(cur_items)
 
     def _line(self, items, seconds):
@@ -51,6 +51,18 @@ class ProgressMonitor:
         if self.num_items is not None and items < self.num_items:
             line += f" eta {dnnlib.util.format_time(seconds / max(items, 1) * (self.num_items - items))}"
         return line
+
+    def _bar(self, items, seconds):
+        """At most 79 characters, with the time that is left."""
+        rate = f"{seconds / max(items, 1) * 1e3:.1f} ms/item"
+        if self.num_items is None:
+            return f"{self.tag:<19s} {items} items, {rate}"[:79]
+        left = seconds / max(items, 1) * max(self.num_items - items, 0)
+        time_left = (
+            f"eta {dnnlib.util.format_time(left)}" if left else f"in {dnnlib.util.format_time(seconds)}"
+        )
+        share = 100 * items // max(self.num_items, 1)
+        return f"{self.tag:<19s} {share:3d}% {items}/{self.num_items}, {rate}, {time_left}"[:79]
 
     def _call_back(self, items):
         if self.progress_fn is not None:
