@@ -176,7 +176,7 @@ def launch(args):
 
     from torch_utils import distributed
 
-    problem = metric_main.why_unavailable(args.metrics, args.detector)
+    problem = metric_main.why_unavailable(args.metrics, args.detector, args.verbose)
     if problem:
         raise click.ClickException(problem)
     try:

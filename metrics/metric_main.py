@@ -170,11 +170,11 @@ def describe(metric):
     return doc.strip().split("\n")[0]
 
 
-def why_unavailable(names, detector=None):
+def why_unavailable(names, detector=None, verbose=True):
     """One line saying why these metrics cannot be computed here, with what to do about it; None if they can.
 
-    Fetches the detectors' files into the cache where they are not there yet. All processes of a run must
-    call it.
+    Fetches the detectors' files into the cache where they are not there yet; `verbose` tells of it. All
+    processes of a run must call it.
     """
     from metrics import detectors
     from torch_utils import distributed
@@ -184,7 +184,7 @@ def why_unavailable(names, detector=None):
             for metric in names:
                 role = getattr(METRICS.resolve(metric), "detector", None)
                 if role is not None:
-                    detectors.local_file(detectors.choose(role, detector).source)
+                    detectors.local_file(detectors.choose(role, detector).source, verbose)
         except OSError as err:
             return str(err)
         return None

@@ -3,10 +3,12 @@ import importlib.util
 import json
 import os
 import pathlib
+import pickle
 import re
 import subprocess
 import sys
 import warnings
+from collections import Counter
 
 import numpy as np
 import PIL.Image
@@ -16,7 +18,7 @@ from click.testing import CliRunner
 
 import dnnlib.plugins
 import dnnlib.util
-from metrics import metric_main
+from metrics import detectors, metric_main
 from training import networks, snapshot
 
 ROOT = pathlib.Path(metric_main.__file__).parents[1]
@@ -29,9 +31,15 @@ class Averages(torch.nn.Module):
     """Features: the mean of each channel; perceptual features: all pixels."""
 
     def forward(
-        self, img: torch.Tensor, return_features: bool = True, return_lpips: bool = False
+        self,
+        img: torch.Tensor,
+        return_features: bool = True,
+        return_lpips: bool = False,
+        no_output_bias: bool = False,
     ) -> torch.Tensor:
         x = img.to(torch.float32) / 127.5
+        if no_output_bias:
+            return x.mean(dim=[2, 3]).softmax(dim=1)
         return x.flatten(1) if return_lpips else x.mean(dim=[2, 3])
 
 
@@ -85,14 +93,28 @@ def save(path, nets, data, **extra):
     return str(path)
 
 
+def save_script(module, path):
+    """Writes a TorchScript file; returns its path."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.save(torch.jit.script(module), str(path))
+    return str(path)
+
+
 @pytest.fixture
 def detector(tmp_path):
     """A TorchScript file."""
-    path = str(tmp_path / "averages.pt")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.save(torch.jit.script(Averages()), path)
-    return path
+    return save_script(Averages(), tmp_path / "averages.pt")
+
+
+@pytest.fixture
+def detector_pair(tmp_path):
+    """A folder with both files under NVIDIA's names."""
+    folder = tmp_path / "detectors"
+    folder.mkdir()
+    for name in detectors.OFFICIAL_FILES:
+        save_script(Averages(), folder / name)
+    return str(folder)
 
 
 def call(*args):
@@ -225,6 +247,109 @@ def test_too_many_gpus(tmp_path, networks_of_a_run, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     pkl = save(tmp_path / "net.pkl", networks_of_a_run, None)
     assert "4 CUDA devices asked for, this machine has 0" in error("--network", pkl, "--gpus=4")
+
+
+def test_metrics_of_one_call_share_what_can_be_shared(run_dir, detector_pair, monkeypatch):
+    """Each picture passes each detector once for features, and once more for class probabilities."""
+    balls = dict(nhood_size=3, row_batch_size=99, col_batch_size=99)
+    for name, settings in [
+        ("pr5k3", dict(max_real=None, num_gen=8, **balls)),
+        ("is5k", dict(num_gen=8, num_splits=2)),
+    ]:
+        monkeypatch.setattr(metric_main.METRICS.resolve(name), "settings", settings)
+    passed = Counter()
+    forward = detectors.ScriptDetector.forward
+
+    def counting(self, images, **flags):
+        passed[(os.path.basename(self.path), *flags)] += len(images)
+        return forward(self, images, **flags)
+
+    monkeypatch.setattr(detectors.ScriptDetector, "forward", counting)
+    names = ["fid5k", "kid5k", "pr5k3", "is5k"]
+    pkl = run_dir / "network-snapshot-000004.pkl"
+    args = ("--network", pkl, "--gpus=0", "--detector", detector_pair)
+    found = records(call(*args, "--metrics", ",".join(names)))
+    inception = "inception-2015-12-05.pt"
+    assert passed == {
+        (inception, "return_features"): 12 + 8,
+        ("vgg16.pt", "return_features"): 12 + 8,
+        (inception, "no_output_bias"): 8,
+    }
+    # A second call finds the real pictures in the cache; alone, each gives the same.
+    passed.clear()
+    alone = [records(call(*args, f"--metrics={name}"))[0] for name in names]
+    assert sum(passed.values()) == 4 * 8
+    assert [one["results"] for one in alone] == [one["results"] for one in found]
+
+
+def test_grey_pictures_with_labels(tmp_path, detector, monkeypatch):
+    """One channel is repeated to three; a conditional network gets labels of the data."""
+    folder = tmp_path / "grey"
+    folder.mkdir()
+    for i, picture in enumerate(np.random.RandomState(0).randint(256, size=[12, 8, 8]).astype(np.uint8)):
+        PIL.Image.fromarray(picture).save(folder / f"{i:02d}.png")
+    labels = [[f"{i:02d}.png", i % 2] for i in range(12)]
+    made_by = dict(resize_filter="lanczos")
+    (folder / "dataset.json").write_text(json.dumps(dict(labels=labels, made_by=made_by)))
+    common = dict(c_dim=2, img_resolution=8, img_channels=1)
+    widths = dict(channel_base=64, channel_max=8)
+    G = networks.Generator(z_dim=8, w_dim=8, synthesis_kwargs=widths, **common)
+    D = networks.Discriminator(**common, **widths)
+    pkl = save(tmp_path / "grey.pkl", (G, D), str(folder))
+    monkeypatch.setitem(metric_main.METRICS.resolve("ppl2_wend_2k").settings, "num_samples", 8)
+    args = ("--network", pkl, "--gpus=0", "--detector", detector)
+    fid, ppl = records(call(*args, "--metrics=fid5k,ppl2_wend_2k"))
+    assert fid["results"]["fd5k_averages"] > 0 and ppl["results"]["ppd2_wend_2k_averages"] > 0
+    assert fid["details"]["data_resize"] == "lanczos" and "data_resize" not in ppl["details"]
+
+
+def test_few_pictures_give_a_warning_of_one_line(run_dir, detector, monkeypatch):
+    sizes = dict(max_real=2, num_gen=8)
+    monkeypatch.setattr(metric_main.METRICS.resolve("fid5k"), "settings", sizes)
+    pkl = run_dir / "network-snapshot-000004.pkl"
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        result = call("--network", pkl, "--gpus=0", "--detector", detector, "--metrics=fid5k")
+    assert len(records(result)) == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("Warning: The Frechet distance of 2 pictures in 3 features is biased upwards")
+
+
+def test_networks_are_read_safely_unless_trusted(tmp_path, data, detector):
+    pkl = tmp_path / "net.pkl"
+    pkl.write_bytes(pickle.dumps(dict(G=None, D=None, G_ema=Counter())))  # a class that is no network
+    rest = ("--network", pkl, "--data", data, "--gpus=0", "--detector", detector)
+    assert "collections.Counter" in error(*rest) and "--trust-pickle" in error(*rest)
+    assert "G_ema is missing or not a network" in error(*rest, "--trust-pickle")
+
+
+def test_shorthands_are_fetched_once_and_announced(networks_of_a_run, monkeypatch, tmp_path, data):
+    asked, real_open = [], dnnlib.util.open_url
+    local = save(tmp_path / "fetched.pkl", networks_of_a_run, data)
+
+    def fetch(url, **kwargs):
+        if "://" not in url:
+            return real_open(url, **kwargs)
+        asked.append((url, kwargs["verbose"]))
+        return local
+
+    monkeypatch.setattr(dnnlib.util, "open_url", fetch)
+    result = call("--network=ffhq256", "--metrics=none")
+    assert result.exit_code == 0, result.output
+    base = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/"
+    assert len(asked) == 1 and asked[0][0].startswith(base) and asked[0][1] is True
+
+
+def test_what_fails_in_another_process_is_one_line(run_dir, monkeypatch):
+    def fails(*_args, **_kwargs):
+        trace = "\n\n-- Process 1 terminated with the following error:\nTraceback ...\nOSError: Image 'x' is broken"
+        raise torch.multiprocessing.ProcessRaisedException(trace, 1, 4242)
+
+    monkeypatch.setattr("torch_utils.distributed.launch", fails)
+    rest = ("--gpus=2", "--device=cpu", "--metrics=none")
+    assert error("--network", run_dir / "network-snapshot-000004.pkl", *rest).splitlines()[-1] == (
+        "Error: OSError: Image 'x' is broken"
+    )
 
 
 def test_a_broken_plug_in(monkeypatch, tmp_path):

@@ -91,6 +91,14 @@ class TestLogger:
         logger.close()
         assert sys.stdout is screen[0]
 
+    def test_a_terminal_with_a_file_beside_it_is_none(self, monkeypatch, tmp_path):
+        screen = self.screen(monkeypatch)
+        monkeypatch.setattr(screen[0], "isatty", lambda: True)
+        with util.Logger():
+            assert sys.stdout.isatty()
+        with util.Logger(str(tmp_path / "log.txt")):
+            assert not sys.stdout.isatty()  # rewritten lines would pile up in the file
+
     def test_leaves_the_streams_of_others_alone(self, monkeypatch):
         screen = self.screen(monkeypatch)
         logger = util.Logger()

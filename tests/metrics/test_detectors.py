@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dnnlib.util
+from dnnlib import download
 from metrics import detectors, efficientnet_lite
 from metrics.detectors import DetectorError, choose, result_name
 
@@ -34,6 +35,15 @@ def test_choosing(detector_folder, detector_file):
             choose("classes", choice)
 
 
+def test_where_nvidias_files_are_for_a_metric_that_names_them_by_url(detector_folder, detector_file):
+    url = BASE + "vgg16.pt"
+    assert detectors.where(url) == url
+    assert detectors.where(url, detector_folder) == f"{detector_folder}/vgg16.pt"
+    # What that metric calls its results is not for another detector.
+    assert detectors.where(url, detector_file) == detectors.where(url, "efficientnet-lite0") == url
+    assert detectors.where(detector_file, detector_folder) == detector_file
+
+
 def test_results_of_other_detectors_have_other_names():
     official, other = choose("vgg16"), choose("vgg16", "efficientnet-lite0")
     names = ["fid5k", "kid50k_full", "pr50k3", "ppl2_wend", "ppl"]
@@ -51,15 +61,16 @@ def test_files_that_are_not_there(tmp_path, monkeypatch):
         detectors.local_file("efficientnet-lite0")
 
 
-def test_unreachable(monkeypatch):
+def test_unreachable(monkeypatch, cache):
     def offline(url, **_):
-        raise OSError(f"Cannot download {url}: a local path works in its place (ConnectionError: no route)")
+        raise download.DownloadError(f"Cannot download {url}", "ConnectionError: no route")
 
     monkeypatch.setattr(dnnlib.util, "open_url", offline)
     with pytest.raises(DetectorError) as info:
         detectors.load_for("inception")
     message = str(info.value)
-    assert "cannot be fetched (ConnectionError)" in message and "\n" not in message
+    assert "cannot be fetched (ConnectionError: no route)" in message and "\n" not in message
+    assert str(cache / "downloads") in message and "DNNLIB_CACHE_DIR" in message
     assert "--detector=FOLDER" in message and "--detector=efficientnet-lite0" in message
 
 

@@ -4,10 +4,11 @@ import pickle
 import zipfile
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
-from metrics import metric_utils
+from metrics import metric_main, metric_utils
 from metrics.metric_utils import FeatureStats, MetricOptions, ProgressMonitor
 from torch_utils import distributed
 
@@ -222,6 +223,34 @@ def test_fingerprint(tmp_path, dataset_kwargs):
     assert metric_utils.data_fingerprint(dataset_kwargs) != before
 
 
+def test_the_resize_filter_that_the_data_says(tmp_path, dataset_kwargs, detector_file):
+    def noted(text):
+        (tmp_path / "data" / "dataset.json").write_text(text)
+        with zipfile.ZipFile(tmp_path / "data.zip", "w") as z:
+            z.writestr("dataset.json", text)
+        paths = (dataset_kwargs["path"], str(tmp_path / "data.zip"))
+        return {metric_utils.resize_filter_of(dict(path=path)) for path in paths}
+
+    assert noted('{"labels": null, "made_by": {"resize_filter": "box", "tool": "x"}}') == {"box"}
+    for text in ('{"labels": null}', "[1]", "not json", '{"made_by": null}', '{"made_by": {}}'):
+        assert noted(text) == {None}
+    assert metric_utils.resize_filter_of({}) is metric_utils.resize_filter_of(dict(path="nowhere")) is None
+    noted('{"labels": null, "made_by": {"resize_filter": "lanczos"}}')
+    opts = options(dataset_kwargs=dataset_kwargs)
+    metric_utils.compute_feature_stats_for_dataset(opts, detector_file, FEATURES, capture_all=True)
+    assert opts.details.data_resize == "lanczos"
+
+
+def test_the_generators_precision_is_recorded(make_generator):
+    G = make_generator()
+    assert options(G).details.dtype == "float32"
+    G.use_fp16 = True
+    assert options(G).details.dtype == "float32"  # a CPU does not use it
+    on_gpu = dict(G=G, device="cuda")
+    assert MetricOptions(**on_gpu).details.dtype == "float16 and float32"
+    assert MetricOptions(G_kwargs=dict(force_fp32=True), **on_gpu).details.dtype == "float32"
+
+
 # Progress.
 
 
@@ -246,6 +275,13 @@ def test_progress_on_a_terminal(capsys, monkeypatch):
     stage.update(3)
     text = capsys.readouterr().out
     assert text.count("\r") == 2 and text.count("\n") == 1 and text.endswith("\n")
+    lines = [line.rstrip() for line in text.split("\r")[1:]]
+    assert lines[0].startswith("faces                33% 1/3, ") and "eta " in lines[0]
+    assert lines[1].startswith("faces               100% 3/3, ") and lines[1].endswith("in 0s")
+    endless = ProgressMonitor("a stage with a rather long name, " * 4, verbose=True)
+    endless.shown_time -= 1
+    endless.update(7)
+    assert len(capsys.readouterr().out) == 80  # what goes round at the edge cannot be rewritten
 
 
 # Several processes.
@@ -264,10 +300,32 @@ def _process(rank, folder, kwargs, detector):
     opts = options(num_gpus=2, rank=rank, batch_size=4, cache=False, **kwargs)
     real, made = _all_features(opts, detector)
     np.savez(os.path.join(folder, f"{rank}.npz"), real=real, made=made)
+    failure = _failure(opts, detector)
+    with open(os.path.join(folder, f"{rank}.txt"), "w") as f:
+        f.write(f"{type(failure).__name__}: {failure}")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_find_the_features_of_one(tmp_path, make_generator, dataset_kwargs, detector_file):
+def _failure(opts, detector):
+    """What a metric raises here when a picture is broken that only one of two processes reads."""
+    with open(os.path.join(opts.dataset_kwargs.path, "img13.png"), "r+b") as f:
+        f.truncate(60)
+
+    def metric(_opts):
+        stats = metric_utils.compute_feature_stats_for_dataset(opts, detector, FEATURES, capture_all=True)
+        return dict(rows=stats.num_items)
+
+    metric_main.METRICS.register("broken_picture", metric)
+    try:
+        metric_main.calc_metric("broken_picture", device="cpu", num_gpus=2, rank=opts.rank)
+    except Exception as err:
+        return err
+
+
+def test_two_processes_find_the_features_of_one(
+    tmp_path, make_generator, dataset_kwargs, detector_file, pictures
+):
+    """Afterwards one of them fails, and both say so."""
     kwargs = dict(G=make_generator(), dataset_kwargs=dict(dataset_kwargs, max_size=29))
     context = torch.multiprocessing.get_context("spawn")
     args = (str(tmp_path), kwargs, detector_file)
@@ -276,6 +334,11 @@ def test_two_processes_find_the_features_of_one(tmp_path, make_generator, datase
         worker.start()
     for worker in workers:
         worker.join()
+    mine, others = sorted((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert mine.startswith("OSError: Image 'img13.png' in ")
+    assert others == f"RuntimeError: another process failed, {mine}"  # and did not wait for it
+    with open(tmp_path / "data" / "img13.png", "wb") as f:
+        PIL.Image.fromarray(pictures[13]).save(f, "png")
     real, made = _all_features(options(**kwargs), detector_file)
     assert len(real) == 29 and len(made) == 9
     for rank in range(2):
