@@ -91,6 +91,11 @@ def test_the_familys_definitions(monkeypatch):
     assert seen["fid5k"] == (frechet, subset, dict(max_real=5000, num_gen=5000))
 
 
+def test_all_are_documented():
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    assert [row.name for row in metric_main.TABLE if f"`{row.name}`" not in text] == []
+
+
 def test_a_metric_of_ones_own(registry, tmp_path, capsys):
     @metric_main.register_metric
     def influence(opts):
