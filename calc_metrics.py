@@ -62,7 +62,13 @@ def plug_in():
 )
 @click.option("--mirror", type=bool, metavar="BOOL", help="Mirror the real images  [default: as trained]")
 @click.option("--gpus", type=int, default=1, show_default=True, metavar="INT", help="Processes; 0 = CPU")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute: auto takes CUDA where there is one",
+)
 @click.option(
     "--detector",
     metavar="PATH|NAME",
