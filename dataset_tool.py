@@ -121,18 +121,14 @@ def show(source, labels, report, dest):
 
     notes = {
         "resized": f"resized ({report.recipe.resize_filter})",
-        "stretched": "with other proportions than before; --transform=center-crop keeps them",
+        "stretched": "stretched to other proportions (--transform=center-crop would keep them)",
+        "transparent": "with transparency, put on #{:02x}{:02x}{:02x}".format(*report.recipe.background),
         "turned": "turned upright, as their EXIF data says",
-        "first frame": "with several frames, of which the first was taken",
+        "first frame": "of several frames: the first was taken",
     }
     classes = labels.classes if report.labels else None
-    colour = "#{:02x}{:02x}{:02x}".format(*report.recipe.background)
-    transparent = any("alpha" in kind or "RGBA" in kind or "transparency" in kind for kind in report.kinds)
     rows = [
-        (
-            "Found",
-            f"{counted(report.kinds)}" + (f" (transparent parts became {colour})" if transparent else ""),
-        ),
+        ("Found", counted(report.kinds)),
         *(("", f"{report.notes[note]} {text}") for note, text in notes.items() if report.notes[note]),
         ("Left out", report.too_small and f"smaller than the result: {some(report.too_small)}"),
         (

@@ -24,12 +24,8 @@ from training.data_labels import Labels
 from training.data_sources import LABEL_FILE, Source
 from training.shapes import split_shape
 
-NOTES = (
-    "resized",
-    "stretched",
-    "turned",
-    "first frame",
-)  # on pictures; counted, and recorded under these names
+# Remarks on pictures: counted, and recorded under these names.
+NOTES = ("resized", "stretched", "transparent", "turned", "first frame")
 VERSION = 1  # of what is recorded, and of the pixels that a recipe gives; raised when either changes
 
 
@@ -78,7 +74,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 def check_dest(dest: str, source: str) -> None:
     """Refuses, before any work, a destination that holds something or lies in the source folder."""
-    if os.path.isdir(dest):
+    if os.path.isdir(dest) and not is_zip(dest):
         if os.listdir(dest):
             raise ValueError("--dest folder must be empty")
         if os.path.ismount(dest):
@@ -222,7 +218,7 @@ def _x(size: tuple[int, int]) -> str:
 
 def _list_skipped(report: Report, total: int) -> str:
     lines = [f"  {name}: {reason}" for name, reason in report.skipped]
-    head = f"{len(lines)} of {total} pictures cannot be used, and nothing was written (--on-error=skip leaves them out):"
+    head = f"{len(lines)} of {total} pictures cannot be used; nothing was written (--on-error=skip leaves them out):"
     return "\n".join([head, *lines])
 
 

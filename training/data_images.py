@@ -53,7 +53,8 @@ class Picture:
     png    the file, or None where center-crop-wide leaves out a picture that is too small
     size   (width, height) in pixels
     kind   what the source held, in words
-    notes  any of 'turned' (by its EXIF orientation), 'first frame' (of several), 'resized', 'stretched'
+    notes  any of 'turned' (by its EXIF orientation), 'first frame' (of several), 'transparent' (put on the background),
+           'resized', 'stretched' (its proportions changed)
     """
 
     png: bytes | None
@@ -65,6 +66,8 @@ class Picture:
 def make_picture(data: bytes | np.ndarray, recipe: Recipe) -> Picture:
     """A file's content, or pixels, as a picture of the new set. Unusable if it cannot be had."""
     image, kind, notes = _decode(data)
+    if image.has_transparency_data:
+        notes.add("transparent")
     image = _flatten(image, recipe.background).convert("L" if recipe.channels == "grey" else "RGB")
     before = image.size
     image = _crop(image, recipe)
