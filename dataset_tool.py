@@ -127,30 +127,18 @@ def show(source, labels, report, dest):
         "first frame": "of several frames: the first was taken",
     }
     classes = labels.classes if report.labels else None
+    size = f"{report.size[0]}x{report.size[1]}"
     rows = [
         ("Found", counted(report.kinds)),
         *(("", f"{report.notes[note]} {text}") for note, text in notes.items() if report.notes[note]),
         ("Left out", report.too_small and f"smaller than the result: {some(report.too_small)}"),
-        (
-            "Left out",
-            source.left_out and f"files whose names are not those of pictures: {counted(source.left_out)}",
-        ),
-        (
-            "Unused",
-            labels.unused and f"rows of the table for which there is no picture: {some(labels.unused)}",
-        ),
+        ("Left out", source.left_out and f"not pictures, by their names: {counted(source.left_out)}"),
+        ("Unused", labels.unused and f"rows of the table that no picture has: {some(labels.unused)}"),
         ("Skipped", report.skipped and f"{len(report.skipped)}:"),
         *(("", f"  {name}: {reason}") for name, reason in report.skipped),
-        (
-            "Wrote",
-            f"{dest}: {report.count} pictures, {report.size[0]}x{report.size[1]}, {report.recipe.channels}",
-        ),
+        ("Wrote", f"{dest}: {report.count} pictures, {size}, {report.recipe.channels}"),
         ("Labels", describe(report.labels and [label for _, label in report.labels], classes)),
-        (
-            "",
-            report.unlabelled
-            and f"({labels.origin} has none for {some(report.unlabelled)}; all must have one)",
-        ),
+        ("", report.unlabelled and f"({labels.origin} lacks {some(report.unlabelled)}; all must have one)"),
     ]
     for title, text in rows:
         if text:

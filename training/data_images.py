@@ -90,7 +90,7 @@ def make_picture(data: bytes | np.ndarray, recipe: Recipe) -> Picture:
 def looks_grey(data: BinaryIO | np.ndarray, background: tuple[int, int, int]) -> bool:
     """Whether a picture is stored as grey, which its first bytes tell, and is on this background.
 
-    A palette counts as colours, and so does what cannot be opened: that is reported when it is decoded.
+    A palette counts as colours. True for what cannot be opened: that has no say, and is reported when it is decoded.
     """
     if isinstance(data, np.ndarray):
         return data.ndim == 2
@@ -115,9 +115,9 @@ def _decode(data: bytes | np.ndarray) -> tuple[PIL.Image.Image, str, set[str]]:
             # The further pictures of a camera's .mpo are the same photograph, smaller.
             if getattr(image, "is_animated", False) and image.format != "MPO":
                 notes.add("first frame")
-            image.load()
-            if image.getexif().get(ORIENTATION, 1) in range(2, 9):
+            if image.getexif().get(ORIENTATION, 1) in range(2, 9):  # before loading, which turns a TIFF
                 notes.add("turned")
+            image.load()
             return PIL.ImageOps.exif_transpose(image), kind, notes
     except Unusable:
         raise
