@@ -12,6 +12,7 @@ import os
 import pickle
 import tarfile
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -90,7 +91,10 @@ def open_source(path: str, max_images: int | None = None) -> Source:
 
 
 def _folder(path: str) -> Source:
-    found = [os.path.join(root, name) for root, _, names in os.walk(path) for name in names]
+    def fail(error: OSError) -> None:
+        raise error  # os.walk would pass over folders that may not be read
+
+    found = [os.path.join(root, name) for root, _, names in os.walk(path, onerror=fail) for name in names]
     names, left_out = _pictures(os.path.relpath(name, path).replace(os.sep, "/") for name in found)
     label_file = os.path.join(path, LABEL_FILE)
     labels, extra = None, {}
@@ -173,6 +177,8 @@ def _lmdb(path: str, max_images: int | None) -> Source:
 
 
 def _arrays(kind: str, path: str, images: np.ndarray, labels: np.ndarray | None) -> Source:
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{path} has {len(images)} pictures and {len(labels)} labels")
     names = [f"{kind}/{i:08d}" for i in range(len(images))]
     index = {name: i for i, name in enumerate(names)}
     known = None if labels is None else dict(zip(names, map(int, labels), strict=True))
@@ -206,17 +212,9 @@ def _cifar(path: str) -> Source:
                 batch = _CifarUnpickler(file, encoding="latin1").load()
                 images.append(np.asarray(batch["data"], dtype=np.uint8).reshape(-1, 3, 32, 32))
                 labels.extend(batch["labels"])
-    except (
-        OSError,
-        EOFError,
-        tarfile.TarError,
-        pickle.UnpicklingError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ) as error:
+        return _arrays("cifar-10", path, np.concatenate(images).transpose(0, 2, 3, 1), labels)
+    except Exception as error:  # unpickling raises whatever broken data makes it raise
         raise ValueError(f"{path} does not read as CIFAR-10 for Python: {error}") from error
-    return _arrays("cifar-10", path, np.concatenate(images).transpose(0, 2, 3, 1), labels)
 
 
 def _mnist(path: str) -> Source:
@@ -226,8 +224,6 @@ def _mnist(path: str) -> Source:
     label_path, labels = os.path.join(os.path.dirname(path), MNIST_LABELS), None
     if os.path.exists(label_path):
         labels = _read_idx(label_path, dims=1)
-        if len(labels) != len(images):
-            raise ValueError(f"{label_path} has {len(labels)} labels for {len(images)} pictures")
     return _arrays("mnist", path, images, labels)
 
 
@@ -240,5 +236,5 @@ def _read_idx(path: str, dims: int) -> np.ndarray:
         if magic != 0x0800 + dims:
             raise ValueError(f"its first four bytes are {data[:4].hex()}, not {0x0800 + dims:08x}")
         return np.frombuffer(data, np.uint8, offset=4 + 4 * dims).reshape(shape)
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise ValueError(f"{path} does not read as MNIST's .idx.gz: {error}") from error
