@@ -105,11 +105,6 @@ def progress(names):
     return click.progressbar(names, label="Converting", show_pos=True, file=sys.stderr)
 
 
-def some(names):
-    """How many names, and the first three."""
-    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-
-
 def counted(numbers):
     """'RGB 70, palette 3': the most frequent first."""
     return ", ".join(f"{what} {n}" for what, n in numbers.most_common())
@@ -117,6 +112,7 @@ def counted(numbers):
 
 def show(source, labels, report, dest):
     """Says what was found, what was done to it, and what was written."""
+    from training.data_convert import some
     from training.data_labels import describe
 
     notes = {
@@ -134,8 +130,8 @@ def show(source, labels, report, dest):
         ("Left out", report.too_small and f"smaller than the result: {some(report.too_small)}"),
         ("Left out", source.left_out and f"not pictures, by their names: {counted(source.left_out)}"),
         ("Unused", labels.unused and f"rows of the table that no picture has: {some(labels.unused)}"),
-        ("Skipped", report.skipped and f"{len(report.skipped)}:"),
-        *(("", f"  {name}: {reason}") for name, reason in report.skipped),
+        ("Skipped", report.skipped() and f"{len(report.skipped())}:"),
+        *(("", f"  {line}") for line in report.problems()),
         ("Wrote", f"{dest}: {report.count} pictures, {size}, {report.recipe.channels}"),
         ("Labels", describe(report.labels and [label for _, label in report.labels], classes)),
         ("", report.unlabelled and f"({labels.origin} lacks {some(report.unlabelled)}; all must have one)"),
@@ -161,8 +157,6 @@ def main(
     width, height = size_of(width, height, resolution)
     with user_errors():
         recipe = data_convert.Recipe(width=width, height=height, **recipe)
-        data_convert.check_recipe(recipe)
-        data_convert.check_dest(dest, source)
         with data_sources.open_source(source, max_images) as opened:
             found = data_labels.find_labels(opened, labels, label_column)
             report = data_convert.convert(

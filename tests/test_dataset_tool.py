@@ -321,16 +321,17 @@ def bad(photos):
 @pytest.mark.parametrize("dest", ["set.zip", "set"])
 def test_all_bad_files_are_listed_and_nothing_is_written(run, bad, tmp_path, workers, dest):
     _, output = run(f"--workers={workers}", dest=dest, ok=False)
-    head, *lines = output.strip().splitlines()
+    head, *lines = output.splitlines()
     assert head == (
         "Error: 4 of 11 pictures cannot be used; nothing was written (--on-error=skip leaves them out):"
     )
-    assert [line.split(":")[0].strip() for line in lines] == bad
-    assert "cut.png: damaged (" in lines[0] and "text.jpg: not a picture of a known format" in lines[2]
-    assert lines[1].endswith(
-        "Image dogs/small.png attributes must be equal across all images of the dataset.  Got: 8x8 pixels, and 48x40"
-        " of cats/3.png; --width and --height give all one size"
-    )
+    assert len(lines) == 4 and lines[0].startswith("  cats/cut.png: damaged (")
+    assert lines[1:] == [
+        "  dogs/text.jpg: not a picture of a known format",
+        "  zzz.gif: not a picture of a known format",
+        "  1 (dogs/small.png): Image dogs/small.png attributes must be equal across all images of the dataset."
+        "  Got: 8x8 pixels, and 48x40 of cats/3.png; --width and --height give all one size",
+    ]
     assert leftovers(tmp_path) == ["photos"]
 
 
@@ -340,8 +341,23 @@ def test_skipping_leaves_them_out_and_says_so(run, bad):
     assert [int(name[-12:-4]) for name in images] == [0, 1, 2, 3, 5, 6, 7]  # cut.png is number 4
     for image, i in zip(images.values(), ORDER, strict=True):
         np.testing.assert_array_equal(image, pixels(i))
-    assert "Skipped   4:" in output and all(f"  {name}: " in output for name in bad)
-    assert info["made_by"]["skipped"] == bad and info["made_by"]["count"] == 7
+    assert "Skipped   4:" in output and all(f"{name}: " in output for name in bad if "small" not in name)
+    assert "1 (dogs/small.png): Image dogs/small.png attributes" in output
+    assert sorted(info["made_by"]["skipped"]) == bad and info["made_by"]["count"] == 7
+
+
+def test_mistakes_that_concern_many_are_one_line(run, photos):
+    for i in range(5):
+        save(photos / "birds" / f"{i}.png", pixels(i, (8, 8, 3)))
+    _, output = run("--max-images=3", "--on-error=skip")
+    assert output.startswith("Found     RGB 3\n")
+    _, output = run(dest="b.zip", ok=False)
+    assert len(output.splitlines()) == 2
+    assert (
+        "7 of 12 pictures" in output
+        and "  7 (cats/3.png, cats/4.png, cats/5.png, ...): Image cats/3.png" in output
+    )
+    assert "Got: 48x40 pixels, and 8x8 of birds/0.png" in output
 
 
 def test_resizing_makes_the_small_one_usable(run, bad):
@@ -353,7 +369,11 @@ def test_nothing_left(run, tmp_path, on_error):
     save(tmp_path / "tiny" / "a.png", pixels(0))
     args = ["--transform=center-crop-wide", "--width=64", "--height=32", f"--on-error={on_error}"]
     _, output = run(*args, source=tmp_path / "tiny", ok=False)
-    assert "Error: No picture is left: 0 cannot be used, 1 are too small for 64x32" in output
+    assert output == "Error: No picture is left: 1 are too small, 0 cannot be used\n"
+    (tmp_path / "tiny" / "a.png").write_bytes(b"no picture")
+    _, output = run(*args, source=tmp_path / "tiny", ok=False)
+    assert output.endswith(":\n  a.png: not a picture of a known format\n" if on_error == "fail" else "1 cannot be used\n"
+                           "  a.png: not a picture of a known format\n")  # fmt: skip
     assert leftovers(tmp_path) == ["photos", "tiny"]
 
 
@@ -383,7 +403,7 @@ def test_labels_from_folders(run, photos):
     assert "Labels    2 classes (cats, dogs)\n" in output
     save(photos / "stray.png", pixels(8))
     _, output = run("--labels=folders", dest="b.zip", ok=False)
-    assert "1 of 8 pictures" in output and "stray.png: no label (folders)" in output
+    assert "1 of 8 pictures" in output and "1 (stray.png): no label\n" in output
     dest, _ = run("--labels=folders", "--on-error=skip", dest="b.zip")
     assert labels(dest) == [0, 0, 0, 0, 1, 1, 1]
 
@@ -416,7 +436,7 @@ def test_labels_from_a_table(run, tmp_path):
 
     _, output = run(f"--labels={table(path, rows[:-2])}", "--label-column=coat", dest="c.zip", ok=False)
     assert "2 of 7 pictures" in output
-    assert "cats/5.png: no label (t.csv, column coat)" in output and "cats/6.png: no label" in output
+    assert "\n  2 (cats/5.png, cats/6.png): no label\n" in output
     assert "No such file or directory" in run("--labels=nowhere.csv", dest="c.zip", ok=False)[1]
 
 

@@ -40,7 +40,9 @@ class Report:
     kinds       what the source held, in words -> how many
     notes       each of NOTES -> how many
     too_small   names that center-crop-wide left out
-    skipped     (name, reason) of pictures that cannot be used
+    unreadable  (name, reason) of pictures that cannot be used
+    other_size  (name, size) of pictures that are not of one size with the first
+    no_label    names without a label, where labels were asked for
     unlabelled  names without a label where others have one, which leaves the set without labels
     labels      those written, or None
     """
@@ -52,9 +54,39 @@ class Report:
     kinds: Counter = field(default_factory=Counter)
     notes: Counter = field(default_factory=Counter)
     too_small: list[str] = field(default_factory=list)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    other_size: list[tuple[str, tuple[int, int]]] = field(default_factory=list)
+    no_label: list[str] = field(default_factory=list)
     unlabelled: list[str] = field(default_factory=list)
     labels: list | None = None
+
+    def all_good(self) -> bool:
+        """Whether nothing was wrong with any picture so far."""
+        return not (self.unreadable or self.other_size or self.no_label)
+
+    def skipped(self) -> list[str]:
+        """Names of the pictures that are left out because something is wrong with them."""
+        return [name for name, _ in self.unreadable] + [name for name, _ in self.other_size] + self.no_label
+
+    def problems(self) -> list[str]:
+        """What is wrong with the pictures left out: a line for each file that has to be looked at, and one for each
+        mistake that concerns many."""
+        lines = [f"{name}: {reason}" for name, reason in self.unreadable]
+        if self.other_size:
+            name, size = self.other_size[0]
+            lines.append(
+                f"{some([name for name, _ in self.other_size])}: Image {name} attributes must be equal across all"
+                f" images of the dataset.  Got: {_x(size)} pixels, and {_x(self.size)} of {self.first};"
+                " --width and --height give all one size"
+            )
+        if self.no_label:
+            lines.append(f"{some(self.no_label)}: no label")
+        return lines
+
+
+def some(names: list[str] | tuple[str, ...]) -> str:
+    """How many names, and the first three: '4 (a, b, c, ...)'."""
+    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -101,13 +133,15 @@ def convert(
     workers: int = 1,
     progress: Callable[[list], Any] = contextlib.nullcontext,
 ) -> Report:
-    """Writes the pictures of a source, as `recipe` says, to a zip or folder that appears when it is complete.
+    """Writes the pictures of a source, as `recipe` says, to a new zip or folder that appears when it is complete.
 
     recipe.channels 'auto' is grey if all pictures are stored as grey; that needs the first bytes of each.
     skip_bad: leave out pictures that cannot be used; otherwise they are a ValueError that lists all of them, and
     nothing is written. progress: wraps the list of names, as click.progressbar(names) does. Names count the pictures
     of the source, so pictures left out leave gaps.
     """
+    check_recipe(recipe)
+    check_dest(dest, source.path)
     names = source.names[:max_images]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's: what matters of them is counted or refused here
@@ -119,16 +153,18 @@ def convert(
             for index, (name, picture) in enumerate(_make_all(source, shown, recipe, workers)):
                 if not _accept(report, name, picture, labels):
                     continue
-                if skip_bad or not report.skipped:
+                if skip_bad or report.all_good():
                     new_name = f"{index // 1000:05d}/img{index:08d}.png"
                     save(new_name, picture.png)
                     written[new_name] = name
-            if report.skipped and not skip_bad:
-                raise ValueError(_list_skipped(report, len(names)))
-            if not written:
+            if not (skip_bad or report.all_good()):
                 raise ValueError(
-                    f"No picture is left: {len(report.skipped)} cannot be used, {_small(report, recipe)}"
+                    f"{len(report.skipped())} of {len(names)} pictures cannot be used; nothing was written"
+                    f" (--on-error=skip leaves them out):{_indented(report.problems())}"
                 )
+            if not written:
+                small = f"No picture is left: {len(report.too_small)} are too small, {len(report.skipped())} cannot be used"
+                raise ValueError(small + _indented(report.problems()))
             _attach_labels(report, written, labels)
             save(LABEL_FILE, json.dumps(_contents(source, report, labels, max_images)).encode())
     return report
@@ -175,7 +211,8 @@ def _make_all(
                     content = data if isinstance(data, np.ndarray) else data.read()
                 under_way.append(pool.submit(attempt, name, content))
             except Exception as error:  # zipfile raises several kinds for damaged or encrypted entries
-                under_way.append(pool.submit(tuple, (name, Unusable(f"cannot be read ({error})"))))
+                reason = Unusable(f"cannot be read ({' '.join(str(error).split())})")
+                under_way.append(pool.submit(tuple, (name, reason)))
             if len(under_way) > 4 * workers:  # so that memory does not fill with pictures
                 yield under_way.popleft().result()
         while under_way:
@@ -185,7 +222,7 @@ def _make_all(
 def _accept(report: Report, name: str, picture: Picture | Unusable, labels: Labels) -> bool:
     """Takes account of one picture; whether it belongs into the set."""
     if isinstance(picture, Unusable):
-        report.skipped.append((name, str(picture)))
+        report.unreadable.append((name, str(picture)))
         return False
     if picture.png is None:
         report.too_small.append(name)
@@ -196,34 +233,23 @@ def _accept(report: Report, name: str, picture: Picture | Unusable, labels: Labe
         except ValueError as error:
             raise ValueError(f"{name}: {error}; choose a size with --width and --height") from error
         report.size, report.first = picture.size, name
-    reason = None
     if picture.size != report.size:
-        reason = (
-            f"Image {name} attributes must be equal across all images of the dataset.  Got: {_x(picture.size)} pixels,"
-            f" and {_x(report.size)} of {report.first}; --width and --height give all one size"
-        )
-    elif labels.required and name not in labels.values:
-        reason = f"no label ({labels.origin})"
-    if reason is not None:
-        report.skipped.append((name, reason))
+        report.other_size.append((name, picture.size))
+        return False
+    if labels.required and name not in labels.values:
+        report.no_label.append(name)
         return False
     report.kinds[picture.kind] += 1
     report.notes.update(picture.notes)
     return True
 
 
+def _indented(lines: list[str]) -> str:
+    return "".join(f"\n  {line}" for line in lines)
+
+
 def _x(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def _list_skipped(report: Report, total: int) -> str:
-    lines = [f"  {name}: {reason}" for name, reason in report.skipped]
-    head = f"{len(lines)} of {total} pictures cannot be used; nothing was written (--on-error=skip leaves them out):"
-    return "\n".join([head, *lines])
-
-
-def _small(report: Report, recipe: Recipe) -> str:
-    return f"{len(report.too_small)} are too small for {recipe.width}x{recipe.height}"
 
 
 # ----------------------------------------------------------------------------------------
@@ -261,7 +287,7 @@ def _contents(source: Source, report: Report, labels: Labels, max_images: int | 
         "source_kinds": dict(report.kinds),
         **{note.replace(" ", "_"): report.notes[note] for note in NOTES},
         "too_small": len(report.too_small),
-        "skipped": [name for name, _ in report.skipped],
+        "skipped": report.skipped(),
     }
     content = {"labels": report.labels, "made_by": made_by}
     if report.labels and labels.classes:
