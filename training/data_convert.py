@@ -163,8 +163,10 @@ def convert(
                     f" (--on-error=skip leaves them out):{_indented(report.problems())}"
                 )
             if not written:
-                small = f"No picture is left: {len(report.too_small)} are too small, {len(report.skipped())} cannot be used"
-                raise ValueError(small + _indented(report.problems()))
+                small, bad = len(report.too_small), len(report.skipped())
+                raise ValueError(
+                    f"No picture is left: {small} are too small, {bad} cannot be used{_indented(report.problems())}"
+                )
             _attach_labels(report, written, labels)
             save(LABEL_FILE, json.dumps(_contents(source, report, labels, max_images)).encode())
     return report
