@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -17,9 +18,12 @@ from click.testing import CliRunner
 
 import dataset_tool
 from training import data_convert
-from training.data_images import make_picture
+from training.data_images import Recipe, make_picture
+from training.data_labels import find_labels
+from training.data_sources import open_source
 from training.dataset import ImageFolderDataset
 
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 SIZE = (40, 48)  # height, width of the pictures here
 
 
@@ -89,8 +93,7 @@ def test_a_zip_of_the_familys_layout(run, photos):
     with zipfile.ZipFile(dest) as archive:
         assert {entry.compress_type for entry in archive.infolist()} == {zipfile.ZIP_STORED}
         assert {entry.external_attr >> 16 for entry in archive.infolist()} == {0o644}
-        for entry in archive.infolist()[:-1]:
-            assert entry.file_size > SIZE[0] * SIZE[1] * 3  # PNGs stored without compression
+        assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}  # not today
     assert "Found     RGB 7\n" in output and f"{dest}: 7 pictures, 48x40, rgb\nLabels    none\n" in output
 
 
@@ -134,6 +137,23 @@ def test_the_same_call_writes_the_same_bytes(run):
         with open(dest, "rb") as f:
             sums.add(hashlib.sha256(f.read()).hexdigest())
     assert len(sums) == 1
+
+
+def test_no_more_is_read_than_the_threads_need(tmp_path, photos):
+    """Reading a whole data set before the first picture is written would fill the memory."""
+    opened = []
+    with open_source(str(photos)) as source:
+        one, source.names = source.names[0], [source.names[0]] * 500
+
+        def opening(name):
+            opened.append(name)
+            return open(photos / one, "rb")
+
+        source.open = opening
+        recipe = Recipe(channels="rgb", width=33)  # a size that is refused at the first picture
+        with pytest.raises(ValueError, match="choose a size"):
+            data_convert.convert(source, str(tmp_path / "x.zip"), recipe, find_labels(source), workers=2)
+    assert len(opened) < 15
 
 
 def test_max_images_takes_the_first(run):
@@ -379,6 +399,19 @@ def test_nothing_left(run, tmp_path, on_error):
     assert leftovers(tmp_path) == ["photos", "tiny"]
 
 
+@pytest.mark.parametrize("limit, usable", [(1500, True), (900, False)])
+def test_large_pictures_pass_and_bombs_do_not(run, monkeypatch, limit, usable):
+    """Pillow warns above its limit and refuses above twice its limit; 48x40 pixels are 1920."""
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", limit)
+    _, output = run(ok=usable)
+    if not usable:
+        assert (
+            "  cats/3.png: too large to be safe: Image size (1920 pixels) exceeds limit of 1800 pixels"
+            in output
+        )
+    assert len(output.splitlines()) == (3 if usable else 8)
+
+
 def test_a_damaged_zip_entry_is_a_bad_file(run, tmp_path):
     dest, _ = run()
     with open(dest, "rb") as f:
@@ -539,8 +572,7 @@ def test_every_option_is_explained_and_help_is_instant():
         "print(CliRunner().invoke(dataset_tool.main, ['--help']).output)\n"
         "assert not {'torch', 'numpy', 'PIL'} & set(sys.modules), 'imported'\n"
     )
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     for param in dataset_tool.main.params:
         assert param.opts[0] in result.stdout and param.help
@@ -552,6 +584,22 @@ def test_converting_needs_no_torch(run, photos, tmp_path):
         f"dataset_tool.main([r'--source={photos}', r'--dest={tmp_path / 'x.zip'}'], standalone_mode=False)\n"
         "assert 'torch' not in sys.modules\n"
     )
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_commands_of_the_document(run, photos, tmp_path, monkeypatch):
+    """Those in docs/data.md, on pictures made here under the names that it uses."""
+    with open(os.path.join(ROOT, "docs", "data.md"), encoding="utf-8") as f:
+        commands = re.findall(r"^    python dataset_tool.py (.*)$", f.read(), re.M)
+    monkeypatch.chdir(tmp_path)
+    run(dest="faces64.zip")
+    shutil.copytree(photos, "animals")
+    names = read("faces64.zip")[0]
+    table(tmp_path / "faces64.csv", [["file", "skin", "hair_color"], *([name, "x", "red"] for name in names)])
+    assert len(commands) == 4
+    for command in commands:
+        result = CliRunner().invoke(dataset_tool.main, command.split())
+        assert result.exit_code == 0, result.output
+    assert labels("animals.zip") == [0, 0, 0, 0, 1, 1, 1] and labels("hair.zip") == [0] * 7
+    assert read("wide.zip")[0]["00000/img00000000.png"].shape == (192, 256, 3)

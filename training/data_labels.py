@@ -70,7 +70,9 @@ def number_labels(raw: dict[str, Any], where: str) -> tuple[dict, dict | None]:
         return {name: [number] for name, number in numbers.items()}, None
     if not all(isinstance(value, str) for value in values):
         odd = sorted({type(value).__name__ for value in values})
-        raise ValueError(f"The labels of {where} must be of one kind, not a mixture of {', '.join(odd)}")
+        raise ValueError(
+            f"The labels of {where} must be all finite numbers, all lists of them or all text; found {', '.join(odd)}"
+        )
     classes = {text: i for i, text in enumerate(sorted(set(values)))}
     return {name: classes[text] for name, text in known.items()}, classes
 

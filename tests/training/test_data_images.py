@@ -223,6 +223,19 @@ def test_of_several_frames_the_first_is_taken():
     assert picture.notes == {"first frame"} and (opened(picture) == 10).all()
 
 
+def test_a_cameras_second_picture_is_no_frame():
+    small = PIL.Image.fromarray(COLOURS[:3, :4].copy())
+    data = saved(COLOURS, "mpo", save_all=True, append_images=[small])
+    with PIL.Image.open(io.BytesIO(data)) as image:
+        assert image.is_animated
+    picture = make_picture(data, Recipe())
+    assert picture.notes == frozenset() and picture.size == (8, 6)
+
+
+def test_pngs_are_not_compressed():
+    assert len(make_picture(saved(np.zeros([40, 40, 3], np.uint8)), Recipe()).png) > 40 * 40 * 3
+
+
 # ----------------------------------------------------------------------------------------
 # Sizes
 

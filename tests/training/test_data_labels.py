@@ -44,9 +44,10 @@ def test_empty_labels_are_missing(empty):
         ([[1, 2], [1]], "The labels of here must be lists of numbers of one length"),
         ([[1, "2"], [1, 2]], "lists of numbers of one length"),
         ([[1, float("inf")], [1, 2]], "lists of numbers of one length"),
-        ([1, [1]], "of one kind, not a mixture of int, list"),
-        (["a", 1], "of one kind, not a mixture of int, str"),
-        ([{"a": 1}], "of one kind, not a mixture of dict"),
+        ([1, [1]], "must be all finite numbers, all lists of them or all text; found int, list"),
+        (["a", 1], "all text; found int, str"),
+        ([{"a": 1}], "all text; found dict"),
+        ([float("inf"), 1.0], "must be all finite numbers"),
     ],
 )
 def test_unusable_labels_say_why(raw, message):
@@ -89,11 +90,16 @@ NAMES = ["sub/a.png", "b.png", "c.png"]
 @pytest.mark.parametrize("change", [("", ""), (",", ";"), (",", "\t"), ("\n", "\r\n"), ("\n", "\n\n")])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
 def test_a_column_of_a_table(table, change, encoding):
-    path = table("file,hair\nsub\\a.png,red\nb.png, fäir\nd.png,red\n".replace(*change), encoding)
+    path = table('"the file",hair\nsub\\a.png,red\nb.png, fäir\nd.png,red\n'.replace(*change), encoding)
     found = find_labels(source(*NAMES), path)
     assert found.values == {"sub/a.png": 1, "b.png": 0, "d.png": 1}
     assert found.classes == {"fäir": 0, "red": 1}
     assert (found.origin, found.required, found.unused) == ("looks.csv, column hair", True, ("d.png",))
+
+
+def test_excels_mark_at_the_beginning_is_no_part_of_the_table(table):
+    path = table('"file, as stored",hair\nb.png,red\n', "utf-8-sig")
+    assert find_labels(source(*NAMES), path).values == {"b.png": 0}
 
 
 def test_label_columns_pick(table):
