@@ -19,7 +19,7 @@ TOLERANCE = 1e-4  # largest difference between the graph's picture and PyTorch's
 def save_onnx(path, G, *, noise_mode="const", truncation_cutoff=None, verify=True):
     """Writes the generator G as one ONNX file, for batches of any size N.
 
-    Inputs, float32: z [N,z_dim]; c [N,c_dim], if G is conditional; psi [], if G tracks w_avg (1: no
+    Inputs, float32: z [N,z_dim]; c [N,c_dim], if G is conditional; psi [1], if G tracks w_avg (1: no
     truncation). Output: img [N,C,H,W], nominally in [-1,1]. noise_mode: 'const' or 'none'. truncation_cutoff:
     truncate only the first so many of the num_ws vectors (None: all).
 
@@ -32,7 +32,9 @@ def save_onnx(path, G, *, noise_mode="const", truncation_cutoff=None, verify=Tru
         raise ValueError(f"noise_mode {noise_mode!r} cannot go into an ONNX file; accepted: 'const', 'none'")
     num_ws = G.mapping.num_ws
     if truncation_cutoff is not None and not 0 <= truncation_cutoff <= num_ws:
-        raise ValueError(f"truncation_cutoff {truncation_cutoff} is not within 0 to {num_ws}, or None for all")
+        raise ValueError(
+            f"truncation_cutoff {truncation_cutoff} is not within 0 to {num_ws}, or None for all"
+        )
     net = _Picture(copy.deepcopy(G).cpu(), noise_mode, truncation_cutoff).eval().requires_grad_(False)
     sample, expected = _example(net, num=3, seed=1)  # running once also fills the caches of constants
     model = _export(net, _example(net, num=2, seed=0)[0])
@@ -60,7 +62,7 @@ class _Picture(torch.nn.Module):
         self.G, self.noise_mode, self.cutoff = G, noise_mode, cutoff
 
     def forward(self, z, c=None, psi=None):
-        """z [N,z_dim], c [N,c_dim], psi [] -> img [N,C,H,W]."""
+        """z [N,z_dim], c [N,c_dim], psi [1] -> img [N,C,H,W]."""
         ws = self.G.mapping(z, c)
         if psi is not None:
             near = self.G.mapping.w_avg.lerp(ws, psi)
@@ -76,22 +78,24 @@ def _example(net, num, seed):
     if G.c_dim > 0:
         inputs["c"] = torch.as_tensor(np.eye(G.c_dim)[rng.randint(G.c_dim, size=num)], dtype=torch.float32)
     if hasattr(G.mapping, "w_avg"):
-        inputs["psi"] = torch.tensor(0.7)
+        inputs["psi"] = torch.tensor([0.7])
     with torch.no_grad():
         return inputs, net(**inputs)
 
 
 def _export(net, inputs):
     """The ONNX model (onnx_ir) of the graph, recorded on these inputs."""
+    try:
+        import onnxscript  # noqa: F401 (torch.onnx uses it)
+    except ImportError as err:
+        raise ValueError(f"ONNX export needs packages that are not installed: {INSTALL}") from err
     batch = torch.export.Dim("N")
     try:
         with _quiet():
             return torch.onnx.export(
                 net, kwargs=inputs, dynamo=True, verbose=False, output_names=["img"],
-                dynamic_shapes={name: {0: batch} if x.ndim else None for name, x in inputs.items()},
+                dynamic_shapes={name: None if name == "psi" else {0: batch} for name in inputs},
             ).model  # fmt: skip
-    except ImportError as err:
-        raise ValueError(f"ONNX export needs packages that are not installed ({err}): {INSTALL}") from err
     except torch.onnx.OnnxExporterError as err:
         cause = str(err.__cause__ or err).strip().splitlines() or [type(err).__name__]
         raise ValueError(f"this network cannot be exported to ONNX: {cause[0]}") from err
