@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scripts that open snapshots by `legacy.load_network_pkl`, on an SSN and on a StyleGAN2."""
 
-import importlib.util
 import pickle
 
 import numpy as np
@@ -9,14 +8,11 @@ import pytest
 import torch
 
 import dnnlib
+import legacy
 from ssn_ext.networks import SpatialGenerator
 from training.augment import AugmentPipe
 from training.networks import Discriminator, Generator
 from training.snapshot import save_network_pkl
-
-if importlib.util.find_spec("legacy") is None:
-    pytest.skip("legacy.py is not there yet", allow_module_level=True)
-import legacy
 
 SIZE = dict(c_dim=0, img_resolution=16, img_channels=3)
 WIDTHS = dict(channel_base=128, channel_max=16)

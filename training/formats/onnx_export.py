@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import dnnlib
+from training.formats import MissingPackageError
 
 INSTALL = "pip install onnxscript onnxruntime"
 TOLERANCE = 1e-4  # largest difference between the graph's picture and PyTorch's, in standard deviations
@@ -88,7 +89,7 @@ def _export(net, inputs):
     try:
         import onnxscript  # noqa: F401 (torch.onnx uses it)
     except ImportError as err:
-        raise ValueError(f"ONNX export needs packages that are not installed: {INSTALL}") from err
+        raise MissingPackageError(f"ONNX export needs packages that are not installed: {INSTALL}") from err
     batch = torch.export.Dim("N")
     try:
         with _quiet():

@@ -56,33 +56,31 @@ def save(path, data, only=None):
         f.write((json.dumps(about, indent=2) + "\n").encode())
 
 
-def load(path):
-    """Reads such a file (a path or a URL): dict with G, D, G_ema, augment_pipe and training_set_kwargs, as
-    training.snapshot.load_network_pkl returns it; None for what the file does not have.
+def load(file):
+    """Reads such a file (open, binary): dict with the networks that it has, on the CPU, in eval mode, without
+    gradients, and training_set_kwargs.
 
     Executes nothing that the file says. ValueError, in one line, for a file of another kind, a damaged one,
-    classes that are not known, and arguments or tensors that do not fit each other; OSError where it cannot be
-    read at all.
+    classes that are not known, and arguments or tensors that do not fit each other.
     """
     safetensors = _safetensors()
     load_plugins()
-    local = dnnlib.util.open_url(str(path), return_filename=True, verbose=False)
-    with open(local, "rb"):  # what is missing or may not be read is an OSError that says so
-        pass
+    content = file.read()
     try:
-        with safetensors.safe_open(local, framework="pt") as f:
-            about = _description(f.metadata() or {})
-            tensors = {name: _tensors_of(f, name) for name in about["networks"]}
-            strangers = [key for key in f.keys() if key.partition(".")[0] not in tensors]
-            if strangers:
-                raise ValueError(f"{strangers[0]!r:.80} belongs to none of its networks")
-            data = dict.fromkeys(NAMES)
-            for name, network in about["networks"].items():
-                data[name] = _put_together(name, network, tensors[name])
-    except safetensors.SafetensorError as err:
-        raise ValueError(f"{path} is not a safetensors file: {one_line(err)}") from err
-    except ValueError as err:
-        raise ValueError(f"{path} cannot be opened as a snapshot: {err}") from err
+        tensors = safetensors.torch.load(content)
+    except (safetensors.SafetensorError, KeyError) as err:  # KeyError: a type of numbers that torch lacks
+        raise ValueError(f"it is not a safetensors file: {one_line(err)}") from err
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    about = _description(header.get("__metadata__") or {})
+    own = {name: {} for name in about["networks"]}
+    for key, tensor in tensors.items():
+        name, _dot, rest = key.partition(".")
+        if name not in own:
+            raise ValueError(f"{key!r:.80} belongs to none of its networks")
+        if tensor.dtype != torch.float32:
+            raise ValueError(f"{key} holds {tensor.dtype}, such files hold torch.float32")
+        own[name][rest] = tensor
+    data = {name: _put_together(name, about["networks"][name], own[name]) for name in own}
     return dict(data, training_set_kwargs=about["training_set_kwargs"])
 
 
@@ -90,7 +88,9 @@ def _safetensors():
     try:
         import safetensors.torch
     except ImportError as err:
-        raise ValueError(f"files of tensors need a package that is not installed: {INSTALL}") from err
+        raise formats.MissingPackageError(
+            f"files of tensors need a package that is not installed: {INSTALL}"
+        ) from err
     return safetensors
 
 
@@ -111,6 +111,11 @@ def _taken_apart(name, network):
     class_name = type(network).__name__
     try:
         cls = _class_of(class_name)
+        if type(network) is not cls:
+            raise ValueError(
+                f"its class {class_name} is not the one of this program;"
+                " opened by training.snapshot.load_network_pkl it would be"
+            )
         if network.init_args:
             raise ValueError("it was built with positional arguments; only keyword arguments have names")
         kwargs = _as_json("an argument", network.init_kwargs)
@@ -170,15 +175,6 @@ def _description(metadata):
 def _all_dicts(value):
     """Whether it is a dict, not empty, of dicts."""
     return isinstance(value, dict) and bool(value) and all(isinstance(v, dict) for v in value.values())
-
-
-def _tensors_of(f, name):
-    """name -> tensor of one network in an open file."""
-    keys = [key for key in f.keys() if key.partition(".")[0] == name]
-    for key in keys:
-        if f.get_slice(key).get_dtype() != "F32":
-            raise ValueError(f"{key} holds {f.get_slice(key).get_dtype()}, expected F32")
-    return {key.partition(".")[2]: f.get_tensor(key) for key in keys}
 
 
 def _put_together(name, network, tensors):

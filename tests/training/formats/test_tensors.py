@@ -2,6 +2,7 @@
 """Snapshots as safetensors: what comes back equals what was written; what is wrong is refused in one line."""
 
 import copy
+import io
 import json
 import struct
 import sys
@@ -24,6 +25,11 @@ pytest.importorskip("safetensors.torch")
 SIZE = dict(c_dim=2, img_resolution=8, img_channels=1)
 WIDTHS = dict(channel_base=64, channel_max=8)
 GENERATOR = dict(SIZE, z_dim=8, w_dim=8, mapping_kwargs=dict(num_layers=1), synthesis_kwargs=WIDTHS)
+
+
+def load(path):
+    with open(path, "rb") as f:
+        return tensors.load(f)
 
 
 def randomised(network, seed):
@@ -74,8 +80,8 @@ def assert_same(got, want):
 def test_round_trip_bit_for_bit(snapshot, tmp_path):
     path = tmp_path / "net.safetensors"
     tensors.save(path, snapshot)
-    back = tensors.load(path)
-    assert list(back) == ["G", "D", "G_ema", "augment_pipe", "training_set_kwargs"]
+    back = load(path)
+    assert set(back) == {"G", "D", "G_ema", "augment_pipe", "training_set_kwargs"}
     for name in tensors.NAMES:
         assert_same(back[name], snapshot[name])
     assert back["training_set_kwargs"] == dict(path="faces.zip", max_size=70, resolution=8)
@@ -94,7 +100,7 @@ def test_round_trip_through_a_pickle(snapshot, tmp_path):
     """pkl -> safetensors -> pkl loses nothing."""
     save_network_pkl(tmp_path / "1.pkl", **snapshot)
     tensors.save(tmp_path / "2.safetensors", load_network_pkl(tmp_path / "1.pkl"))
-    save_network_pkl(tmp_path / "3.pkl", **tensors.load(tmp_path / "2.safetensors"))
+    save_network_pkl(tmp_path / "3.pkl", **load(tmp_path / "2.safetensors"))
     back = load_network_pkl(tmp_path / "3.pkl")
     for name in tensors.NAMES:
         assert_same(back[name], snapshot[name])
@@ -107,7 +113,7 @@ def test_round_trip_of_an_ssn(encoder_init, tmp_path):
     kwargs["synthesis_kwargs"] = dict(WIDTHS, encoder_init=encoder_init, **encoder)
     G = randomised(SpatialGenerator(**kwargs), 4)
     tensors.save(tmp_path / "ssn", dict(G_ema=G))
-    back = tensors.load(tmp_path / "ssn")["G_ema"]
+    back = load(tmp_path / "ssn")["G_ema"]
     assert_same(back, G)
     z = torch.randn(2, 32)
     assert torch.equal(back(z, None, noise_mode="const"), G(z, None, noise_mode="const"))
@@ -132,9 +138,10 @@ def test_format(snapshot, tmp_path):
 def test_only_some_networks(snapshot, tmp_path):
     tensors.save(tmp_path / "all", snapshot)
     tensors.save(tmp_path / "one", snapshot, only=["G_ema"])
-    back = tensors.load(tmp_path / "one")
+    back = load(tmp_path / "one")
     assert_same(back["G_ema"], snapshot["G_ema"])
-    assert [name for name, value in back.items() if value is not None] == ["G_ema"]
+    assert list(back) == ["G_ema", "training_set_kwargs"] and back["training_set_kwargs"] is None
+    assert_same(load_network_pkl(tmp_path / "one", only=["G_ema"])["G_ema"], snapshot["G_ema"])
     assert "faces.zip" not in (tmp_path / "one.json").read_text()
     values = sum(t.numel() for t in misc.params_and_buffers(snapshot["G_ema"]))
     assert (tmp_path / "one").stat().st_size < 4 * values + 20_000 < (tmp_path / "all").stat().st_size
@@ -145,7 +152,7 @@ def test_numpy_numbers_and_tuples_become_plain(tmp_path):
         **dict(GENERATOR, z_dim=np.int64(8), synthesis_kwargs=dict(WIDTHS, resample_filter=(1, 3, 3, 1)))
     )
     tensors.save(tmp_path / "net", dict(G_ema=G))
-    kwargs = tensors.load(tmp_path / "net")["G_ema"].init_kwargs
+    kwargs = load(tmp_path / "net")["G_ema"].init_kwargs
     assert type(kwargs.z_dim) is int and kwargs.synthesis_kwargs["resample_filter"] == [1, 3, 3, 1]
 
 
@@ -176,8 +183,17 @@ def test_what_cannot_be_read_again_is_not_written(make, only, message, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_code_under_our_class_name_is_not_written(snapshot, tmp_path):
-    """E.g. a generator from a pickle of another project: what its arguments mean to us does not fit its tensors."""
+def test_other_code_under_our_class_name_is_not_written(tmp_path):
+    """E.g. a generator that a pickle has brought its own code for: the name would promise ours."""
+    other = type("Generator", (Stranger,), {})
+    with pytest.raises(
+        ValueError, match="G_ema cannot be written.*its class Generator is not the one of this"
+    ):
+        tensors.save(tmp_path / "net", dict(G_ema=other()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_more_tensors_than_the_arguments_make_are_not_written(snapshot, tmp_path):
     G = copy.deepcopy(snapshot["G_ema"])
     G.extra = torch.nn.Parameter(torch.zeros([1]))
     with pytest.raises(ValueError, match="G_ema cannot be written.*'extra' is not one of its tensors"):
@@ -190,11 +206,25 @@ def test_data_set_arguments_that_json_cannot_hold(snapshot, tmp_path):
         tensors.save(tmp_path / "net", data)
 
 
-@pytest.mark.parametrize("call", [lambda p: tensors.save(p, dict(G_ema=None)), tensors.load])
+@pytest.mark.parametrize(
+    "call", [lambda path: tensors.save(path, dict(G_ema=None)), lambda path: tensors.load(io.BytesIO())]
+)
 def test_missing_package_names_the_command(call, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ValueError, match="pip install safetensors"):
         call(tmp_path / "net")
+
+
+def test_the_face_names_the_file_and_the_problem(parts, tmp_path, monkeypatch):
+    """training.snapshot.load_network_pkl tells the kinds of files apart."""
+    path = written(tmp_path / "net", *edited(parts, WRONG["class"][0]))
+    with pytest.raises(
+        ValueError, match=r"net is not a network snapshot: G_ema: unknown network class 'os.system'"
+    ):
+        load_network_pkl(path, only=["G_ema"])
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ValueError, match="net cannot be opened: .* not installed: pip install safetensors"):
+        load_network_pkl(path, only=["G_ema"])
 
 
 # --- files that are not what they should be ---------------------------------------------------
@@ -218,14 +248,14 @@ def written(path, own, about):
 def refused(path):
     """The one line that refuses a file."""
     with pytest.raises(ValueError) as caught:
-        tensors.load(path)
+        load(path)
     text = str(caught.value)
-    assert text.startswith(str(path)) and "\n" not in text and len(text) < 600, text
+    assert "\n" not in text and len(text) < 500, text
     return text
 
 
 def test_the_parts_are_good(parts, tmp_path):
-    assert tensors.load(written(tmp_path / "net", *parts))["G_ema"] is not None
+    assert load(written(tmp_path / "net", *parts))["G_ema"] is not None
 
 
 def raw(header, body=b""):
@@ -249,13 +279,14 @@ def entry(first, last, shape=(2,), dtype="F32"):
         raw({"a": entry(0, 8)}, bytes(80)),
         raw({"a": entry(0, 8, shape=[2**40, 2**40])}, bytes(8)),
         raw({"a": entry(0, 8, dtype="OBJECT")}, bytes(8)),
+        raw({"a": entry(0, 1, dtype="F4")}, bytes(1)),
         raw({"__metadata__": {"snapshot": {}}}),
     ],
 )  # fmt: skip
 def test_files_that_are_not_safetensors(content, tmp_path):
     path = tmp_path / "net"
     path.write_bytes(content)
-    assert f"{path} is not a safetensors file: " in refused(path)
+    assert "it is not a safetensors file: " in refused(path)
 
 
 def test_tensors_without_a_description(parts, tmp_path):
@@ -308,11 +339,11 @@ WRONG = {
     ),
     "dtype": (
         lambda own, about, net: own.update({"G_ema.mapping.w_avg": torch.zeros([8], dtype=torch.int32)}),
-        "G_ema.mapping.w_avg holds I32, expected F32",
+        "G_ema.mapping.w_avg holds torch.int32, such files hold torch.float32",
     ),
     "half": (
         lambda own, about, net: own.update({"G_ema.mapping.w_avg": torch.zeros([8]).half()}),
-        "G_ema.mapping.w_avg holds F16, expected F32",
+        "G_ema.mapping.w_avg holds torch.float16, such files hold torch.float32",
     ),
     "shape": (
         lambda own, about, net: own.update({"G_ema.mapping.w_avg": torch.zeros([9])}),
@@ -353,8 +384,3 @@ WRONG = {
 def test_wrong_parts_are_named(case, parts, tmp_path):
     change, message = WRONG[case]
     assert message in refused(written(tmp_path / "net", *edited(parts, change)))
-
-
-def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.safetensors"):
-        tensors.load(tmp_path / "nothing.safetensors")
