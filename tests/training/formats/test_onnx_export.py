@@ -40,10 +40,10 @@ def plain(c_dim=2, **mapping_kwargs):
 
 
 def spatial():
+    """Pictures that are wider than high."""
     torch.manual_seed(0)
-    return randomised(
-        SpatialGenerator(z_dim=32, c_dim=0, w_dim=32, latent_grid=[2, 2], **SIZE, synthesis_kwargs=SSN)
-    )
+    kwargs = dict(SIZE, img_resolution=12, img_shape=[8, 12], synthesis_kwargs=SSN)
+    return randomised(SpatialGenerator(z_dim=32, c_dim=0, w_dim=32, latent_grid=[2, 2], **kwargs))
 
 
 CASES = {
@@ -72,7 +72,7 @@ def test_graph_draws_the_same_pictures(case, num, psi):
     (img,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(["img"], inputs)
     options = dict(dict(noise_mode="const"), **options)
     want = G.eval()(torch.as_tensor(z), torch.as_tensor(c), truncation_psi=psi, **options).detach().numpy()
-    assert img.dtype == np.float32 and img.shape == want.shape == (num, 3, 8, 8)
+    assert img.dtype == np.float32 and img.shape == want.shape == (num, 3, *G.img_shape)
     assert np.abs(img - want).max() <= 1e-4 * want.std()
 
 
@@ -103,8 +103,9 @@ def test_file_says_what_it_is(case):
         for v in [*model.graph.input, *model.graph.output]
     }
     label = dict(c=["N", 2]) if G.c_dim else {}
-    assert sizes == dict(z=["N", G.z_dim], **label, psi=[1], img=["N", 3, 8, 8])
-    assert model.doc_string == "Pictures [N, 3, 8, 8] of z and c, nominally in [-1, 1]; psi 1: no truncation"
+    assert sizes == dict(z=["N", G.z_dim], **label, psi=[1], img=["N", 3, *G.img_shape])
+    shape = "[N, 3, 8, 12]" if hasattr(G, "latent_grid") else "[N, 3, 8, 8]"
+    assert model.doc_string == f"Pictures {shape} of z and c, nominally in [-1, 1]; psi 1: no truncation"
     grid = {p.key: p.value for p in model.metadata_props}.get("latent_grid")
     assert grid == ("[2, 2]" if hasattr(G, "latent_grid") else None)
     assert [p.name for p in path.parent.iterdir()] == ["net.onnx"]

@@ -111,6 +111,7 @@ def test_round_trip_of_an_ssn(encoder_init, tmp_path):
     encoder = {} if encoder_init == "none" else dict(encoder_kwargs=dict(channels=4, max_resolution=4))
     kwargs = dict(GENERATOR, z_dim=32, w_dim=32, latent_grid=[2, 2], c_dim=0)
     kwargs["synthesis_kwargs"] = dict(WIDTHS, encoder_init=encoder_init, **encoder)
+    kwargs.update(img_resolution=12, img_shape=[8, 12])
     G = randomised(SpatialGenerator(**kwargs), 4)
     tensors.save(tmp_path / "ssn", dict(G_ema=G))
     back = load(tmp_path / "ssn")["G_ema"]
