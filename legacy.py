@@ -75,6 +75,8 @@ def _check_dest(dest, kind, only, overwrite):
         raise ValueError(
             f"--only={only} goes with .safetensors; a pickle of the family always holds G, D and G_ema"
         )
+    if kind == ".safetensors" and os.path.exists(f"{dest}.json") and not overwrite:
+        raise ValueError(f"--dest={dest}: {dest}.json is there already; --overwrite replaces it")
     if os.path.exists(dest) and not overwrite:
         raise ValueError(f"--dest={dest} is there already; --overwrite replaces it")
     folder = os.path.dirname(os.path.abspath(dest))
@@ -98,11 +100,15 @@ def _save(dest, kind, data, only):
     elif kind == ".safetensors":
         from training.formats import tensors
 
-        tensors.save(dest, data)
+        tensors.save(dest, data, only=[only] if only else None)
     else:
         from training.formats import onnx_export
 
-        onnx_export.save_onnx(dest, data["G_ema"])
+        difference = onnx_export.save_onnx(dest, data["G_ema"])
+        if difference is None:
+            click.echo("Its pictures were not compared with PyTorch's: pip install onnxruntime")
+        else:
+            click.echo(f"Its pictures differ from PyTorch's by at most {difference:.1e} standard deviations.")
 
 
 if __name__ == "__main__":

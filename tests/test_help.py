@@ -9,7 +9,16 @@ import click
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "commands.md"
-SCRIPTS = ["train", "calc_metrics", "resample", "generate", "style_mixing", "projector", "dataset_tool", "legacy"]
+SCRIPTS = [
+    "train",
+    "calc_metrics",
+    "resample",
+    "generate",
+    "style_mixing",
+    "projector",
+    "dataset_tool",
+    "legacy",
+]
 HEAD = """# The commands
 
 What `python <script> --help` prints, in full. What a StyleGAN2-ADA user finds under which name is in

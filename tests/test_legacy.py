@@ -2,7 +2,9 @@
 """legacy.py: from a file of one kind to a file of another, as a command."""
 
 import pickle
+import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,9 @@ import torch
 from click.testing import CliRunner
 
 import legacy
-from training.snapshot import load_network_pkl
+from training.formats import onnx_export
+from training.networks import Discriminator, Generator
+from training.snapshot import load_network_pkl, save_network_pkl
 
 DEMO = Path(__file__).parents[1] / "demo" / "lorelei32.pkl"
 
@@ -94,3 +98,56 @@ def test_open_files_and_urls(tmp_path):
         data = legacy.load_network_pkl(f)
     assert same_networks(data, legacy.load_network_pkl((tmp_path / "net.pkl").as_uri()))
     assert same_networks(data, legacy.load_network_pkl(str(tmp_path / "net.pkl")))
+
+
+def test_safetensors_and_back(tmp_path):
+    dest = tmp_path / "net.safetensors"
+    assert run("--source", DEMO, "--dest", dest)[0] == 0
+    assert run("--source", dest, "--dest", tmp_path / "back.pkl")[0] == 0
+    assert same_networks(load_network_pkl(DEMO), load_network_pkl(tmp_path / "back.pkl"))
+    with open(DEMO, "rb") as f:
+        assert load_network_pkl(dest)["training_set_kwargs"] == pickle.load(f)["training_set_kwargs"]
+
+
+def test_safetensors_of_one_network_to_share(tmp_path):
+    """No G, no D, and nothing about where the data set was."""
+    dest = tmp_path / "net.safetensors"
+    assert run("--source", DEMO, "--dest", dest, "--only=G_ema")[0] == 0
+    data = load_network_pkl(dest, only=["G_ema"])
+    assert torch.equal(data["G_ema"].mapping.w_avg, load_network_pkl(DEMO)["G_ema"].mapping.w_avg)
+    assert "D" not in data and data["training_set_kwargs"] is None
+    dest.unlink()
+    status, output = run("--source", DEMO, "--dest", dest)
+    assert status == 1 and f"{dest}.json is there already; --overwrite replaces it" in output
+    assert run("--source", DEMO, "--dest", dest, "--overwrite")[0] == 0 and load_network_pkl(dest)["D"]
+
+
+def test_onnx(tmp_path):
+    """A tiny network; that graphs draw the right pictures is tested with the export itself."""
+    pytest.importorskip("onnxscript", reason="ONNX export is optional")
+    pytest.importorskip("onnxruntime", reason="ONNX export is optional")
+    size, widths = dict(c_dim=0, img_resolution=4, img_channels=1), dict(channel_base=16, channel_max=4)
+    G = Generator(z_dim=4, w_dim=4, **size, mapping_kwargs=dict(num_layers=1), synthesis_kwargs=widths)
+    save_network_pkl(tmp_path / "net.pkl", G=G, D=Discriminator(**size, **widths), G_ema=G)
+    status, output = run("--source", tmp_path / "net.pkl", "--dest", tmp_path / "net.onnx")
+    assert status == 0 and re.search(r"differ from PyTorch's by at most \d.\de-\d\d standard", output)
+    assert (tmp_path / "net.onnx").stat().st_size > 1000
+
+
+def test_onnx_that_was_not_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_export, "save_onnx", lambda path, G: None)  # as without onnxruntime
+    status, output = run("--source", DEMO, "--dest", tmp_path / "net.onnx")
+    assert status == 0 and "were not compared with PyTorch's: pip install onnxruntime" in output
+
+
+@pytest.mark.parametrize(
+    ("suffix", "package", "message"),
+    [
+        (".safetensors", "safetensors.torch", "pip install safetensors"),
+        (".onnx", "onnxscript", "pip install onnxscript onnxruntime"),
+    ],
+)
+def test_missing_packages(tmp_path, monkeypatch, suffix, package, message):
+    monkeypatch.setitem(sys.modules, package, None)
+    status, output = run("--source", DEMO, "--dest", tmp_path / f"net{suffix}")
+    assert status == 1 and message in output.splitlines()[-1] and list(tmp_path.iterdir()) == []

@@ -624,3 +624,47 @@ def test_fma(shapes):
 def test_fma_keeps_the_layout():
     a = draw(2, 3, 4, 5).contiguous(memory_format=CHANNELS_LAST)
     assert fma(a, draw(2, 3, 1, 1), draw(2, 1, 4, 5)).is_contiguous(memory_format=CHANNELS_LAST)
+
+
+# --------------------------------------------------------------------------------------------------
+# Recorded as a graph
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    "options", [dict(up=2), dict(down=2), dict(up=2, flip_weight=False), dict(), dict(padding=1)]
+)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_graphs_hold_for_any_batch_size(kernel, options):
+    """Of few-channel pictures, which run in one piece otherwise. Sizes become constants without a remark."""
+    f = upfirdn2d.setup_filter([1, 3, 3, 1])
+    w = torch.randn(2, 3, kernel, kernel)
+
+    def call(x):
+        return upfirdn2d.upsample2d(conv2d_resample(x, w, f, **options), f)
+
+    traced = torch.jit.trace(call, torch.randn(2, 3, 8, 8))
+    module = torch.nn.Module()
+    module.forward = call
+    dynamic = {0: torch.export.Dim("N")}
+    exported = torch.export.export(module, (torch.randn(2, 3, 8, 8),), dynamic_shapes=[dynamic]).module()
+    for num in [1, 2, 5]:
+        x = torch.randn(num, 3, 8, 8)
+        torch.testing.assert_close(traced(x), call(x))
+        torch.testing.assert_close(exported(x), call(x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_graphs_of_grouped_convolutions():
+    """The number of groups may be a traced size; it holds for that size only."""
+    w = torch.randn(2, 4, 3, 3, 3)
+
+    def call(x):
+        y = conv2d_resample(
+            x.reshape(1, -1, 8, 8), w[: x.shape[0]].flatten(0, 1), groups=x.shape[0], padding=1
+        )
+        return y.reshape(x.shape[0], -1, 8, 8)
+
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(torch.jit.trace(call, torch.randn(2, 3, 8, 8))(x), call(x))

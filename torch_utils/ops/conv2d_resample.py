@@ -4,7 +4,7 @@
 import torch
 
 from . import conv2d_gradfix
-from .upfirdn2d import _get_filter_size, _parse_padding, upfirdn2d
+from .upfirdn2d import _get_filter_size, _ints, _parse_padding, upfirdn2d
 
 
 def conv2d_resample(x, w, f=None, up=1, down=1, padding=0, groups=1, flip_weight=True, flip_filter=False):
@@ -19,6 +19,7 @@ def conv2d_resample(x, w, f=None, up=1, down=1, padding=0, groups=1, flip_weight
     assert isinstance(x, torch.Tensor) and x.ndim == 4, "x must be a tensor [N,C,H,W]"
     assert isinstance(w, torch.Tensor) and w.ndim == 4, "w must be a tensor [O,C/groups,kh,kw]"
     assert w.dtype == x.dtype, f"w is {w.dtype}, x is {x.dtype}; they must be the same"
+    (groups,) = _ints(groups)
     for name, n in (("up", up), ("down", down), ("groups", groups)):
         assert isinstance(n, int) and n >= 1, f"{name} is {n!r}; accepted: an int >= 1"
     pads = _total_padding(f, up, down, padding)
@@ -26,7 +27,7 @@ def conv2d_resample(x, w, f=None, up=1, down=1, padding=0, groups=1, flip_weight
     def resample(image, **kwargs):
         return upfirdn2d(image, f, flip_filter=flip_filter, **kwargs)
 
-    pointwise = tuple(w.shape[2:]) == (1, 1)
+    pointwise = _ints(*w.shape[2:]) == (1, 1)
     if up > 1 and down == 1 and pointwise:  # enlarge the result: fewer pixels to convolve
         return resample(_conv(x, w, groups, flip_weight), up=up, padding=pads, gain=up**2)
     if up > 1:
@@ -56,7 +57,7 @@ def _total_padding(f, up, down, padding):
 
 
 def _conv(x, w, groups, flip_weight, stride=1, padding=0):
-    if not flip_weight and w.shape[2] * w.shape[3] > 1:
+    if not flip_weight and _ints(*w.shape[2:]) != (1, 1):
         w = w.flip([2, 3])
     return conv2d_gradfix.conv2d(x, w, stride=stride, padding=padding, groups=groups)
 
@@ -67,7 +68,8 @@ def _conv_upsampled(x, w, up, pads, groups, flip_weight):
     A transposed convolution gives all positions where kernel and image meet: kernel-1 more than the image
     before it, kernel-up after it. It convolves, so here the weights are flipped for a correlation.
     """
-    out_per_group, in_per_group, height, width = w.shape[0] // groups, *w.shape[1:]
+    out_channels, in_per_group, height, width = _ints(*w.shape)
+    out_per_group = out_channels // groups
     w = w.flip([2, 3]) if flip_weight else w
     w = w.reshape(groups, out_per_group, in_per_group, height, width).transpose(1, 2)
     w = w.reshape(groups * in_per_group, out_per_group, height, width)

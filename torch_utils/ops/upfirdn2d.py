@@ -7,6 +7,8 @@ Along each axis: put up-1 zeros after every sample, pad (or crop), convolve, kee
 import torch
 import torch.nn.functional as F
 
+from torch_utils import misc
+
 _CPU = torch.device("cpu")
 
 
@@ -114,12 +116,20 @@ def _get_filter_size(f):
     )
     assert f.dtype == torch.float32, f"the filter must be float32, not {f.dtype}"
     assert not f.requires_grad, "gradients with respect to the filter are not supported"
-    return f.shape[-1], f.shape[0]
+    return _ints(f.shape[-1], f.shape[0])
 
 
 def _axes(x):
     """Width and height: everything here goes x first, as in the arguments."""
-    return x.shape[3], x.shape[2]
+    return _ints(x.shape[3], x.shape[2])
+
+
+def _ints(*sizes):
+    """Sizes as Python ints; torch.jit.trace hands out tensors, which then become constants of the graph."""
+    if not torch.jit.is_tracing():
+        return sizes
+    with misc.suppress_tracer_warnings():
+        return tuple(int(size) for size in sizes)
 
 
 def _by_axis(padding):
@@ -175,7 +185,10 @@ def _faster_folded(x):
     """Whether to treat a batch of few-channel images as one with many channels.
 
     The CPU's kernels work on 16 channels at a time: 2 to 10 times faster for pictures; the reshape is free.
+    Not while a graph is recorded: it would hold for one batch size only.
     """
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
     return x.device.type == "cpu" and x.shape[0] > 1 and x.shape[1] < 16 and x.is_contiguous()
 
 
@@ -186,7 +199,7 @@ def _filter_pass(x, f, up, down, pad_x, pad_y, flip_filter):
     at a copy's speed in channels-last; slices-and-adds, matrix products or two 1-D passes take 1.5 to 6 times
     as long.
     """
-    channels, (height, width) = x.shape[1], f.shape
+    channels, height, width = _ints(x.shape[1], *f.shape)
     if up == (1, 1):
         f = f if flip_filter else f.flip([0, 1])  # conv2d correlates
         inner = _common(pad_x), _common(pad_y)

@@ -8,3 +8,7 @@ NETWORKS = Registry("network class")
 NETWORKS.register("Generator", "training.networks.Generator")
 NETWORKS.register("Discriminator", "training.networks.Discriminator")
 NETWORKS.register("AugmentPipe", "training.augment.AugmentPipe")
+
+
+class MissingPackageError(ImportError, ValueError):
+    """An optional package is not installed; the message says how to install it."""
