@@ -15,13 +15,9 @@ import torch
 
 from ssn_ext.blocks import block_masks, replace_blocks
 from ssn_ext.distortion import block_change, inside_change, outside_change
+from training.generating import map_seed, synthesize
 
-# Latents.
-
-
-def seed_latent(seed: int, z_dim: int) -> torch.Tensor:
-    """The z that all scripts of this family give to a seed -> float64 [1, z_dim]."""
-    return torch.from_numpy(np.random.RandomState(seed).randn(1, z_dim))
+# Which latents, which networks.
 
 
 def donor_seeds(candidate_seed: int, seed: int, step: int, count: int) -> list[int]:
@@ -53,29 +49,7 @@ def network_hash(G: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def class_label(G: torch.nn.Module, class_idx: int | None, device: torch.device | str) -> torch.Tensor | None:
-    """One-hot label [1, c_dim] of a class, or None for an unconditional network.
-
-    Raises ValueError where a conditional network gets no class, an unconditional one gets one, or it is out
-    of range.
-    """
-    if G.c_dim == 0:
-        if class_idx is not None:
-            raise ValueError("--class is of no use here: the network is unconditional")
-        return None
-    if class_idx is None or not 0 <= class_idx < G.c_dim:
-        raise ValueError(f"The network is conditional: --class must be 0 to {G.c_dim - 1}, not {class_idx}")
-    return torch.nn.functional.one_hot(torch.tensor([class_idx], device=device), G.c_dim).float()
-
-
 # Edits and pictures.
-
-
-def map_seed(
-    G: torch.nn.Module, seed: int, label: torch.Tensor | None, psi: float, device: torch.device | str
-) -> torch.Tensor:
-    """The ws of a seed, truncated by psi -> [1, num_ws, w_dim]."""
-    return G.mapping(seed_latent(seed, G.z_dim).to(device), label, truncation_psi=psi)
 
 
 def redraw(
@@ -102,16 +76,7 @@ def render(
 
     One at a time: equal batch shapes are what makes equal latents equal pictures, bit for bit.
     """
-    return torch.cat([_synthesize(G, each[None], noise_mode, noise_seed) for each in ws])
-
-
-def _synthesize(G: torch.nn.Module, ws: torch.Tensor, noise_mode: str, noise_seed: int) -> torch.Tensor:
-    """synthesis(ws) with random noise drawn from noise_seed; the caller's random state is left as it was."""
-    if noise_mode != "random":
-        return G.synthesis(ws, noise_mode=noise_mode).to(torch.float32)
-    with torch.random.fork_rng(devices=[ws.device] if ws.device.type == "cuda" else []):
-        torch.manual_seed(noise_seed)
-        return G.synthesis(ws, noise_mode=noise_mode).to(torch.float32)
+    return torch.cat([synthesize(G, each[None], noise_mode, noise_seed) for each in ws])
 
 
 # Numbers.
@@ -152,10 +117,10 @@ def resample_each(
     """
     noise_seed = int(torch.randint(2**31, [])) if noise_mode == "random" else 0
     ws, fresh_ws = (G.mapping(each, c, truncation_psi=truncation_psi) for each in (z, fresh))
-    yield _synthesize(G, ws, noise_mode, noise_seed)
+    yield synthesize(G, ws, noise_mode, noise_seed)
     for block in range(int(np.prod(G.latent_grid))) if blocks is None else blocks:
         edited = replace_blocks(ws, fresh_ws, [block], G.latent_grid)
-        yield _synthesize(G, edited, noise_mode, noise_seed)
+        yield synthesize(G, edited, noise_mode, noise_seed)
 
 
 @torch.no_grad()

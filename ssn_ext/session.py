@@ -14,6 +14,7 @@ from ssn_ext import blocks as block_tools
 from ssn_ext import figures, resampling, results
 from torch_utils.distributed import choose_device
 from torch_utils.images import read_image, to_uint8, write_png
+from training import generating
 from training.shapes import shape_of
 from training.snapshot import load_network_pkl
 
@@ -92,7 +93,7 @@ def make_job(opts: Options, default_network: str) -> Job:
     G = _load_network(source, device, opts.trust_pickle)
     network_hash = _check_same_network(source, G, earlier)
     passed_on = _passed_on(opts, earlier)
-    label = resampling.class_label(G, passed_on["class"], device)
+    label = generating.class_label(G, passed_on["class"], device)
     blocks, mask = _choose_blocks(opts, G)
     starts = _starts(opts, earlier, G, label, passed_on["trunc"], device)
     count = len(opts.swap) if opts.swap else opts.candidates or DEFAULT_CANDIDATES
@@ -203,17 +204,12 @@ def _starts(
     if earlier:
         return _picked(opts, earlier)
     if opts.projected_w:
-        w = results.read_arrays(opts.projected_w).get("w")
-        if w is None or w.shape[1:] != (G.num_ws, G.w_dim):
-            raise ValueError(
-                f"--projected-w={opts.projected_w} must hold 'w' of shape [n, {G.num_ws}, {G.w_dim}]"
-            )
-        ws = w.astype(np.float32)
+        ws = generating.read_projected_w(opts.projected_w, G).numpy()
         return [results.Start(f"proj{i:02d}", i, ws[i : i + 1], None, []) for i in range(len(ws))]
     starts = []
     for seed in opts.seeds or [0]:
-        z = resampling.seed_latent(seed, G.z_dim)
-        ws = resampling.map_seed(G, seed, label, psi, device)
+        z = generating.seed_latent(seed, G.z_dim)
+        ws = generating.map_seed(G, seed, label, psi, device)
         starts.append(results.Start(f"seed{seed:04d}", seed, ws.cpu().numpy(), z.float().numpy(), []))
     return starts
 
@@ -301,7 +297,7 @@ def resample(job: Job, folder: str, start: results.Start) -> dict[str, Any]:
 def _latents(job: Job, start: results.Start, donors: list[int]) -> np.ndarray:
     """z of the original and of every candidate -> float32 [1 + K, z_dim]."""
     z = torch.from_numpy(start.z)
-    fresh = [resampling.seed_latent(donor, job.G.z_dim) for donor in donors]
+    fresh = [generating.seed_latent(donor, job.G.z_dim) for donor in donors]
     blocks, grid = job.settings["blocks"], job.G.latent_grid
     return torch.cat([z, *(block_tools.replace_blocks(z, each, blocks, grid) for each in fresh)]).numpy()
 

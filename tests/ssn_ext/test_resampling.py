@@ -10,6 +10,7 @@ import torch
 from ssn_ext import resampling
 from ssn_ext.blocks import block_masks, replace_blocks
 from ssn_ext.distortion import block_change
+from training import generating
 
 GRID, C = (2, 3), 4
 LEAK = 0.1
@@ -49,7 +50,7 @@ def G():
 
 
 def test_a_seed_has_the_latent_that_the_family_gives_it():
-    z = resampling.seed_latent(7, 24)
+    z = generating.seed_latent(7, 24)
     assert z.dtype == torch.float64
     assert np.array_equal(z.numpy(), np.random.RandomState(7).randn(1, 24))
 
@@ -64,25 +65,25 @@ def test_donors_are_reproducible_distinct_and_do_not_depend_on_their_number():
 
 @pytest.mark.parametrize("psi", [1.0, 0.6])
 def test_redrawing_in_ws_is_redrawing_in_z(G, psi):
-    ws = resampling.map_seed(G, 0, None, psi, "cpu")
+    ws = generating.map_seed(G, 0, None, psi, "cpu")
     edited = resampling.redraw(G, ws, [1, 4], [8, 9], psi=psi)
     for i, donor in enumerate([8, 9]):
-        z = replace_blocks(resampling.seed_latent(0, 24), resampling.seed_latent(donor, 24), [1, 4], GRID)
+        z = replace_blocks(generating.seed_latent(0, 24), generating.seed_latent(donor, 24), [1, 4], GRID)
         torch.testing.assert_close(edited[i : i + 1], G.mapping(z, None, truncation_psi=psi))
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3, 4, 5), (4, 2, 5, 0, 3, 1)])
 @pytest.mark.parametrize("psi", [1.0, 0.5])
 def test_all_blocks_one_after_the_other_give_the_fresh_picture_bit_for_bit(G, order, psi):
-    ws = resampling.map_seed(G, 0, None, psi, "cpu")
+    ws = generating.map_seed(G, 0, None, psi, "cpu")
     for block in order:
         ws = resampling.redraw(G, ws, [block], [123], psi=psi)
-    fresh = G(resampling.seed_latent(123, 24), truncation_psi=psi)
+    fresh = G(generating.seed_latent(123, 24), truncation_psi=psi)
     assert torch.equal(resampling.render(G, ws), fresh)
 
 
 def test_the_same_values_change_nothing(G):
-    ws = resampling.map_seed(G, 5, None, 1.0, "cpu")
+    ws = generating.map_seed(G, 5, None, 1.0, "cpu")
     same = resampling.redraw(G, ws, [0, 1, 2], [5])
     pictures = resampling.render(G, torch.cat([ws, same]), "random", 5)
     assert torch.equal(pictures[0], pictures[1])
@@ -92,7 +93,7 @@ def test_the_same_values_change_nothing(G):
 
 
 def test_random_noise_is_shared_reproducible_and_leaves_the_callers_random_state(G):
-    ws = torch.cat([resampling.map_seed(G, seed, None, 1.0, "cpu") for seed in (1, 2)])
+    ws = torch.cat([generating.map_seed(G, seed, None, 1.0, "cpu") for seed in (1, 2)])
     state = torch.get_rng_state()
     noise = resampling.render(G, ws, "random", 3) - resampling.render(G, ws)
     assert torch.equal(torch.get_rng_state(), state)
@@ -162,9 +163,9 @@ def test_labels_reach_both_pictures():
     z = torch.randn([4, 24], generator=torch.Generator().manual_seed(4))
     c = torch.eye(3)[[0, 1, 2, 1]]
     assert resampling.influence(G, z, c, z, batch_size=3).max() == 0
-    one = resampling.class_label(G, 2, "cpu")
+    one = generating.class_label(G, 2, "cpu")
     assert one.tolist() == [[0, 0, 1]]
-    ws = resampling.map_seed(G, 0, one, 1.0, "cpu")
+    ws = generating.map_seed(G, 0, one, 1.0, "cpu")
     assert torch.equal(resampling.redraw(G, ws, [0], [0], one), ws)
 
 
@@ -174,7 +175,7 @@ def test_labels_reach_both_pictures():
 )
 def test_wrong_classes_are_refused(c_dim, class_idx, message):
     with pytest.raises(ValueError, match=message):
-        resampling.class_label(Toy(c_dim), class_idx, "cpu")
+        generating.class_label(Toy(c_dim), class_idx, "cpu")
 
 
 def test_a_network_without_a_grid_is_refused_and_hashes_tell_networks_apart(G):
@@ -203,10 +204,10 @@ def test_the_real_generator_keeps_the_identities():
         synthesis_kwargs={"channel_base": 128, "channel_max": 8},
     ).eval()
     G.requires_grad_(False)
-    ws = resampling.map_seed(G, 0, None, 0.7, "cpu")
+    ws = generating.map_seed(G, 0, None, 0.7, "cpu")
     for block in (3, 0, 5, 1, 4, 2):
         ws = resampling.redraw(G, ws, [block], [11], psi=0.7)
-    fresh = G(resampling.seed_latent(11, 48), None, truncation_psi=0.7, noise_mode="const")
+    fresh = G(generating.seed_latent(11, 48), None, truncation_psi=0.7, noise_mode="const")
     assert torch.equal(resampling.render(G, ws), fresh)
     z, other = torch.randn(2, 2, 48)
     matrix = resampling.influence(G, z, None, other)
