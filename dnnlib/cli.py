@@ -3,6 +3,7 @@
 
 import contextlib
 import re
+import sys
 
 import click
 
@@ -49,3 +50,18 @@ def user_errors():
         yield
     except (ValueError, OSError) as err:
         raise click.ClickException(str(err)) from err
+
+
+@contextlib.contextmanager
+def progress(items, length, label, show_item=None):
+    """Context that gives `items` to iterate over, with a bar, time left and show_item(item) on a terminal's stderr.
+
+    Silent where stderr is not a terminal.
+    """
+    if not sys.stderr.isatty():
+        yield items
+        return
+    with click.progressbar(
+        items, length, label, file=sys.stderr, show_pos=True, item_show_func=show_item
+    ) as bar:
+        yield bar

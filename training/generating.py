@@ -167,6 +167,13 @@ def picture_grid(images: Sequence[np.ndarray], columns: int, rows: int) -> np.nd
     return make_grid(cells.transpose(0, 3, 1, 2), (columns, rows))
 
 
+def style_pairs(rows: Sequence[int], cols: Sequence[int]) -> list[tuple[int, int]]:
+    """(row seed, column seed) of all pictures of a style mixing: each seed with itself, then every row with every
+    column."""
+    own = [(seed, seed) for seed in dict.fromkeys([*rows, *cols])]
+    return own + [(row, col) for row in rows for col in cols if row != col]
+
+
 def style_table(
     G: torch.nn.Module,
     rows: Sequence[int],
@@ -178,18 +185,16 @@ def style_table(
     noise_mode: str = "const",
     device: torch.device | str = "cpu",
 ) -> Iterator[tuple[tuple[int, int], np.ndarray]]:
-    """Yields ((row seed, column seed), uint8 picture [H, W, C]) for all seeds with themselves, then for all pairs.
+    """(row seed, column seed) and uint8 picture [H, W, C] of all style_pairs, made one after the other.
 
     The picture of a pair is that of the row's seed with the layers `styles` of the column's; random noise is the row's.
+    ValueError, before anything is made, for a layer that is not there.
     """
-    own = {seed: map_seed(G, seed, label, psi, device)[0] for seed in dict.fromkeys([*rows, *cols])}
-    pairs = [(seed, seed) for seed in own]
-    pairs += [(row, col) for row in rows for col in cols if row != col]
-    mixed = (mix_styles(own[row], own[col], styles) for row, col in pairs)
-    made = pictures(
-        G, map(torch.stack, batches(mixed, batch_size(G))), noise_mode, [row for row, _col in pairs]
-    )
-    return zip(pairs, made, strict=True)
+    own = {seed: map_seed(G, seed, label, psi, device)[0] for seed in [*rows, *cols]}
+    pairs = style_pairs(rows, cols)
+    mixed = [mix_styles(own[row], own[col], styles) for row, col in pairs]
+    stacks = map(torch.stack, batches(mixed, batch_size(G)))
+    return zip(pairs, pictures(G, stacks, noise_mode, [row for row, _col in pairs]), strict=True)
 
 
 def style_grid(images: dict, rows: Sequence[int], cols: Sequence[int]) -> np.ndarray:
