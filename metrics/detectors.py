@@ -233,6 +233,13 @@ def as_rgb(images):
     return images if images.shape[1] == 3 else images.repeat(1, 3, 1, 1)
 
 
+def perceptual_features(detector, images):
+    """float32 [N, P] whose squared distances are perceptual ones; images float [N, 1 or 3, H, W] in [-1, 1].
+    Differentiable. detector: a module from `load` or `load_for`."""
+    pixels = (as_rgb(images) + 1) * 127.5
+    return detector(pixels, resize_images=False, return_lpips=True).flatten(1).to(torch.float32)
+
+
 def perceptual_distance(detector, img0, img1):
     """Squared distance of perceptual features -> [N]; img0, img1 float [N, 1 or 3, H, W] in [-1, 1].
     Differentiable.
@@ -241,7 +248,5 @@ def perceptual_distance(detector, img0, img1):
     squared difference of features of unit length at each position, averaged over positions and over five
     depths.
     """
-    pixels = (as_rgb(torch.cat([img0, img1])) + 1) * 127.5
-    features = detector(pixels, resize_images=False, return_lpips=True).flatten(1).to(torch.float32)
-    first, second = features.chunk(2)
+    first, second = perceptual_features(detector, torch.cat([img0, img1])).chunk(2)
     return (first - second).square().sum(dim=1)

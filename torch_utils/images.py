@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 
 from dnnlib.util import open_atomic
@@ -63,12 +64,12 @@ def write_png(path: str | os.PathLike, array: np.ndarray) -> None:
 def read_image(path: str | os.PathLike, mode: str | None = None) -> np.ndarray:
     """Reads a picture -> uint8 [H, W, C].
 
-    `mode`: 'L', 'RGB' or 'RGBA' converts; by default C is 1 for grey, 4 with transparency, else 3. IOError,
-    naming the path, for a file that is no picture.
+    `mode`: 'L', 'RGB' or 'RGBA' converts; by default C is 1 for grey, 4 with transparency, else 3. A camera's
+    note on how it was held (EXIF) is heeded. IOError, naming the path, for a file that is no picture.
     """
     try:
         with PIL.Image.open(path) as image:
-            image = _eight_bits(image)
+            image = _eight_bits(PIL.ImageOps.exif_transpose(image))
             image = image.convert(mode or _natural_mode(image))
     except PIL.UnidentifiedImageError as error:
         raise OSError(f"Not a picture of a known format: {path}") from error
