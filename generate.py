@@ -4,7 +4,6 @@
 import click
 
 from dnnlib.cli import NumRange, user_errors
-from dnnlib.plugins import PluginError, load_plugins
 
 FILE = click.Path(exists=True, dir_okay=False)
 COMMON = [
@@ -16,7 +15,8 @@ COMMON = [
     click.Option(["--noise-mode"], type=click.Choice(["const", "random", "none"]), default="const",
                  show_default=True, help="random: drawn from the picture's seed"),
     click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-    click.Option(["--trust-pickle"], is_flag=True, help="Let the network file run its own code"),
+    click.Option(["--trust-pickle"], is_flag=True,
+                 help="Run the code that --network holds; only for files that you trust"),
     click.Option(["--overwrite"], is_flag=True, help="Replace files that are there already"),
 ]  # fmt: skip
 
@@ -62,10 +62,6 @@ def launch(options):
     """Makes the pictures; click.ClickException, one clear line, for what a user can cause."""
     from training import picture_jobs  # PyTorch is slow to import, and --help does not need it
 
-    try:
-        load_plugins()
-    except PluginError as err:
-        raise click.ClickException(str(err)) from err
     with user_errors():
         picture_jobs.run(picture_jobs.Options(**options))
 

@@ -7,7 +7,6 @@ import time
 import click
 
 from dnnlib.cli import progress, user_errors
-from dnnlib.plugins import PluginError, load_plugins
 
 FPS = 10
 FILE = click.Path(exists=True, dir_okay=False)
@@ -30,7 +29,8 @@ OPTIONS = [
                  " which works offline  [default: NVIDIA's, by URL]"),
     click.Option(["--class", "class_idx"], type=int, help="Class of a conditional network"),
     click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
-    click.Option(["--trust-pickle"], is_flag=True, help="Let the network file run its own code"),
+    click.Option(["--trust-pickle"], is_flag=True,
+                 help="Run the code that --network holds; only for files that you trust"),
     click.Option(["--overwrite"], is_flag=True, help="Replace files that are there already"),
 ]  # fmt: skip
 HELP = """Find the latents with which a network makes a given picture.
@@ -143,10 +143,6 @@ def write_progress_video(job, path):
 @click.command(help=HELP, params=OPTIONS)
 def main(**o):
     """Checks the call, searches, writes, says how close it came."""
-    try:
-        load_plugins()
-    except PluginError as err:
-        raise click.ClickException(str(err)) from err
     with user_errors():
         job = make_job(o)
         start = time.monotonic()

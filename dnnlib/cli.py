@@ -7,6 +7,8 @@ import sys
 
 import click
 
+from dnnlib.plugins import PluginError
+
 
 class CommaList(click.ParamType):
     """A comma-separated list of words; 'none' is empty."""
@@ -45,10 +47,10 @@ class NumRange(click.ParamType):
 
 @contextlib.contextmanager
 def user_errors():
-    """Turns what a user can cause (ValueError, OSError) into one line on stderr and exit status 1."""
+    """Turns what a user can cause (ValueError, OSError, a broken plug-in) into one line on stderr and exit status 1."""
     try:
         yield
-    except (ValueError, OSError) as err:
+    except (ValueError, OSError, PluginError) as err:
         raise click.ClickException(str(err)) from err
 
 

@@ -376,7 +376,7 @@ def place(tmp_path_factory):
     """A folder with a network, a detector and a target."""
     folder = tmp_path_factory.mktemp("place")
     G = tiny()
-    save_network_pkl(folder / "ssn.pkl", G=G, D=torch.nn.Linear(1, 1), G_ema=G)
+    save_network_pkl(folder / "ssn.pkl", G=G, D=None, G_ema=G)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         torch.jit.save(torch.jit.script(Pixels()), str(folder / "pixels.pt"))
@@ -474,7 +474,7 @@ def test_options_of_the_script(call, tmp_path, place):
 
 def test_the_class_of_a_conditional_network(call, tmp_path):
     G = tiny("plain", c_dim=2)
-    save_network_pkl(tmp_path / "cond.pkl", G=G, D=torch.nn.Linear(1, 1), G_ema=G)
+    save_network_pkl(tmp_path / "cond.pkl", G=G, D=None, G_ema=G)
     found = []
     for number in (0, 1):
         result = call(
@@ -533,7 +533,7 @@ def test_generate_and_resample_go_on_from_a_projection(call, place, tmp_path):
 def test_mistakes_are_one_line_and_change_nothing(call, place, tmp_path):
     out = tmp_path / "out"
     plain = tiny("plain")
-    save_network_pkl(tmp_path / "plain.pkl", G=plain, D=torch.nn.Linear(1, 1), G_ema=plain)
+    save_network_pkl(tmp_path / "plain.pkl", G=plain, D=None, G_ema=plain)
     (tmp_path / "text.png").write_bytes(b"no picture")
     write_png(tmp_path / "small.png", np.full([4, 4], 255, dtype=np.uint8))
     for options, message in [

@@ -28,7 +28,7 @@ def load_generator(source: str, device: torch.device | str, trust: bool = False)
 
     trust: passed on to training.snapshot.load_network_pkl. ValueError for a file that holds no such network.
     """
-    G = load_network_pkl(source, trust=trust)["G_ema"]
+    G = load_network_pkl(source, trust=trust, only=["G_ema"])["G_ema"]
     for name in ("z_dim", "c_dim", "w_dim", "num_ws", "mapping", "synthesis"):
         if not hasattr(G, name):
             kind = type(G).__name__
