@@ -95,10 +95,12 @@ def pixels(images):
 
 
 def tiny(kind, channels=3):
-    """An untrained generator of 16x16 pixels whose noise is visible."""
+    """An untrained generator of 16x16 pixels, or of 24x16 ('wide'), whose noise is visible."""
     torch.manual_seed(0)
     kwargs = dict(z_dim=32, c_dim=0, w_dim=32, img_resolution=16, img_channels=channels)
     kwargs.update(mapping_kwargs={"num_layers": 2}, synthesis_kwargs={"channel_base": 128, "channel_max": 8})
+    if kind == "wide":
+        kwargs.update(img_resolution=24, img_shape=[16, 24])
     G = Generator(**kwargs) if kind == "plain" else SpatialGenerator(latent_grid=[2, 2], **kwargs)
     for module in G.modules():
         if hasattr(module, "noise_strength"):
@@ -111,7 +113,7 @@ def tiny(kind, channels=3):
 # Pictures of seeds
 
 
-@pytest.mark.parametrize(("kind", "channels"), [("plain", 3), ("spatial", 3), ("spatial", 1)])
+@pytest.mark.parametrize(("kind", "channels"), [("plain", 3), ("spatial", 3), ("wide", 1)])
 def test_pictures_are_those_of_the_network(kind, channels, tmp_path):
     G = tiny(kind, channels)
     save_network_pkl(tmp_path / "net.pkl", G=G, D=None, G_ema=G)
@@ -129,7 +131,7 @@ def test_pictures_are_those_of_the_network(kind, channels, tmp_path):
     for seed in (0, 1, 2, 7):
         expected = pixels(G(z_of(seed, 32), None, truncation_psi=0.6, noise_mode="none"))
         found = read_image(tmp_path / "out" / f"seed{seed:04d}.png")
-        assert found.shape == (16, 16, channels)
+        assert found.shape == (16, 24 if kind == "wide" else 16, channels)
         assert np.abs(found.astype(int) - expected).max() <= 1 and (found == expected).mean() > 0.99
     assert "seed0000.png seed0001.png seed0002.png seed0007.png" in result.output
 
