@@ -293,9 +293,10 @@ def test_project_has_the_familys_signature():
 
 
 @pytest.mark.parametrize(
-    ("kind", "channels", "share"), [("plain", 3, 0.3), ("spatial", 3, 0.2), ("wide", 1, 0.2)]
+    ("kind", "channels", "steps", "share"),
+    [("plain", 3, 150, 0.3), ("spatial", 3, 60, 0.2), ("wide", 1, 60, 0.2)],
 )
-def test_a_picture_of_the_network_is_found_again(kind, channels, share, capsys):
+def test_a_picture_of_the_network_is_found_again(kind, channels, steps, share, capsys):
     G = tiny(kind, channels=channels)
     before = {name: tensor.clone() for name, tensor in G.state_dict().items()}
     target = own_picture(G, 5)
@@ -303,20 +304,20 @@ def test_a_picture_of_the_network_is_found_again(kind, channels, share, capsys):
     path = projector.project(
         G,
         target,
-        num_steps=60,
+        num_steps=steps,
         w_avg_samples=500,
         verbose=True,
         device=torch.device("cpu"),
         detector=Pixels(),
     )
-    assert path.shape == (60, G.num_ws, 32) and torch.equal(path, path[:, :1].repeat(1, G.num_ws, 1))
+    assert path.shape == (steps, G.num_ws, 32) and torch.equal(path, path[:, :1].repeat(1, G.num_ws, 1))
     mean, _std = projection.w_statistics(G, 500)
     average = mean.repeat_interleave(32 // len(mean)).repeat(1, G.num_ws, 1)
     torch.testing.assert_close(path[:1], average)
     assert mse(G, path[-1:], target) < share * mse(G, average, target)
     assert all(torch.equal(tensor, before[name]) for name, tensor in G.state_dict().items())
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 60 and lines[0].startswith("step    1/60: dist ")
+    assert len(lines) == steps and lines[0].startswith(f"step    1/{steps}: dist ")
     assert float(lines[-1].split()[3]) < share * float(lines[0].split()[3])
 
 
