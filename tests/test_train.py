@@ -170,7 +170,7 @@ def test_options_do_what_they_say(tmp_path):
             "--set G_kwargs.synthesis_kwargs.bogus: bogus is not known there",
         ),
         (["--gpus=0", "--device=cuda"], "--gpus=0 is the CPU, --device=cuda is not"),
-        (["--seed=-1"], "Invalid value for '--seed'"),
+        (["--seed=-1"], "--seed must be between 0 and 2147483647"),
         (["--resume=/no/such.pkl"], "--resume: /no/such.pkl is neither a run directory, a file, nor a URL"),
         (["--cfg=ssn", "--latent-grid=4"], "--latent-grid=4: expected rows x columns, such as 4x4"),
         (["--set=G_kwarg.x=1"], "--set G_kwarg.x: no G_kwarg; there are "),
