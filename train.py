@@ -271,7 +271,7 @@ def continue_config(run_dir, given):
 def plan(options, given):
     """The options of the loop for a command: run directory, and whether an earlier run is continued. Writes
     nothing."""
-    command = {k: v for k, v in options.items() if k not in NOT_RUN_OPTIONS}
+    command = {k: v for k, v in options.items() if k not in NOT_RUN_OPTIONS and v is not None}
     run_dir = find_run(options["outdir"], options["resume"])
     if run_dir is not None:
         c, command = continue_config(run_dir, {k: options[k] for k in given})
@@ -279,7 +279,8 @@ def plan(options, given):
     else:
         if options["outdir"] is None:
             raise configs.ConfigError("--outdir is required: where the run directory is to be made")
-        command["resume"] = options["resume"]
+        if options["resume"] is not None:
+            command["resume"] = options["resume"]
         c, desc = configs.make_config(command)
         run_dir = configs.next_run_dir(options["outdir"], desc)
     c.run_dir = run_dir

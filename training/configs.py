@@ -487,7 +487,7 @@ def _check_batch(c):
     group = c.D_kwargs.get("epilogue_kwargs", {}).get("mbstd_group_size", 4)
     if group and c.batch_gpu % min(group, c.batch_gpu):
         raise ConfigError(
-            f"--batch: {c.batch_gpu} pictures at a time must be a multiple of the minibatch-std group of {group}"
+            f"--batch, --batch-gpu: {c.batch_gpu} pictures at a time must be a multiple of the minibatch-std group of {group}"
         )
 
 
