@@ -66,9 +66,11 @@ def auto(c, opts):
     """Settings by heuristics from the resolution and the number of GPUs: a start for new data sets."""
     res, gpus = c.training_set_kwargs.resolution, c.num_gpus
     height, width = opts.img_shape
-    mb = max(min(gpus * min(4096 // res, 32), 64), gpus)
+    share = max(min(gpus * min(4096 // res, 32), 64) // gpus, 1)
+    share -= share % 4 if share > 4 else 0  # whole groups of the minibatch statistics, for 3 GPUs, too
+    mb = share * gpus
     fmaps = 1 if opts.block_resolution >= 512 else 0.5
-    row = dict(ref_gpus=gpus, kimg=25000, mb=mb, mbstd=min(mb // gpus, 4), fmaps=fmaps)
+    row = dict(ref_gpus=gpus, kimg=25000, mb=mb, mbstd=min(share, 4), fmaps=fmaps)
     gamma = 0.0002 * (height * width) / mb
     row.update(lrate=0.002 if res >= 1024 else 0.0025, gamma=gamma, ema=mb * 10 / 32, ramp=0.05, map=2)
     apply_row(c, **row)
@@ -487,7 +489,8 @@ def _check_batch(c):
     group = c.D_kwargs.get("epilogue_kwargs", {}).get("mbstd_group_size", 4)
     if group and c.batch_gpu % min(group, c.batch_gpu):
         raise ConfigError(
-            f"--batch, --batch-gpu: {c.batch_gpu} pictures at a time must be a multiple of the minibatch-std group of {group}"
+            f"--batch, --batch-gpu: {c.batch_gpu} pictures at a time must be a multiple of the"
+            f" minibatch-std group of {group}"
         )
 
 
