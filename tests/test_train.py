@@ -13,11 +13,13 @@ from pathlib import Path
 import PIL.Image
 import pytest
 from click.testing import CliRunner
+from torch.multiprocessing import ProcessExitedException
 
 import dnnlib
 import train
 from dnnlib.plugins import load_plugins
 from ssn_ext import transfer
+from torch_utils import distributed
 from training import configs, snapshot, training_loop
 from training.networks import Discriminator, Generator
 
@@ -132,7 +134,7 @@ def test_configs_are_the_familys(row):
 )
 def test_auto_follows_resolution_and_processes(size, gpus, batch, batch_gpu, mbstd, fmaps, lr, gamma, ema):
     c = dnnlib.EasyDict(training_set_kwargs=dnnlib.EasyDict(resolution=size), num_gpus=gpus)
-    configs.auto(c, None)
+    configs.auto(c, dnnlib.EasyDict(img_shape=[size, size], block_resolution=size))
     assert c.batch_size == batch and c.ema_kimg == ema and c.ema_rampup == 0.05
     assert c.G_opt_kwargs.lr == lr and c.loss_kwargs.r1_gamma == pytest.approx(gamma)
     assert c.D_kwargs.channel_base == int(32768 * fmaps)
@@ -446,6 +448,38 @@ def test_help_is_in_groups():
     assert all(param.help for param in train.build_command().params)
 
 
+def test_the_page_for_the_familys_users_knows_every_option():
+    """And its table of configs has the numbers of the table above."""
+    page = (ROOT / "docs" / "from-stylegan2-ada.md").read_text()
+    ours = page[page.index("## train.py") : page.index("## generate.py")]
+    for param in train.build_command().params:
+        if param.name not in configs.OPTIONS:
+            assert f"`{max(param.opts, key=len)}" in ours, param.opts
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in ours.splitlines()
+        if line.startswith("|")
+    ]
+    header = next(line for line in lines if "`auto`" in line)
+    table = {line[0].split(" (")[0]: line for line in lines if len(line) == len(header)}
+    names = [
+        "kimg",
+        "batch",
+        "minibatch-std group",
+        "learning rate",
+        "R1 gamma",
+        "EMA half-life, kimg",
+        "EMA ramp-up",
+    ]
+    for row in TABLE.strip().splitlines()[1:]:
+        cfg, kimg, batch, mbstd, fmaps, *rest, layers = row.replace("None", "none").split()
+        column = header.index(f"`{cfg}`")
+        assert [table[name][column] for name in names] == [kimg, batch, mbstd, *rest]
+        assert table["mapping layers"][column] == layers
+        assert int(table["channel_base"][column]) == 32768 * float(fmaps)
+        assert int(table["at a time on a GPU"][column]) == BATCH_GPU[cfg]
+
+
 def test_help_imports_no_torch():
     code = "import sys, train; sys.argv = ['train.py', '--help']\n"
     code += "try:\n train.build_command()()\nexcept SystemExit:\n pass\n"
@@ -566,6 +600,18 @@ def test_a_terminated_run_saves_and_goes_on(tmp_path):
         for line in (run_dir / "stats.jsonl").read_text().splitlines()
     ]
     assert ticks == list(range(len(ticks)))
+
+
+@pytest.mark.parametrize("code,raised", [(1, SystemExit), (7, ProcessExitedException)])
+def test_a_process_that_said_why_it_ended_is_enough(monkeypatch, tmp_path, code, raised):
+    """One line of it, no traceback of the process that waited; any other end is a surprise."""
+
+    def end(*args, **kwargs):
+        raise ProcessExitedException("process 1 terminated", error_index=1, error_pid=1, exit_code=code)
+
+    monkeypatch.setattr(distributed, "launch", end)
+    with pytest.raises(raised):
+        train.launch(dnnlib.EasyDict(run_dir=str(tmp_path / "run"), num_gpus=2, device="cpu"), {})
 
 
 # --- the house's promises -----------------------------------------------------------------------------------
