@@ -13,8 +13,8 @@ from dnnlib.cli import CommaList
 from dnnlib.plugins import PluginError, load_plugins
 from training import configs
 
-# Options that may differ when a run is continued exactly.
-FREE_TO_CHANGE = {"kimg", "workers", "snap", "metrics", "detector"}
+UserError = configs.ConfigError  # as the family calls it
+
 NOT_RUN_OPTIONS = {"outdir", "resume", "dry_run"}
 
 EPILOG = """\b
@@ -30,105 +30,185 @@ Examples:
 """
 
 
+GROUPS = {
+    "General": {
+        "--outdir": dict(metavar="DIR", help="Where the run directories go; needed for a new run"),
+        "--gpus": dict(
+            type=int,
+            metavar="INT",
+            help="Processes, one per GPU: any number; 0 trains on the CPU  [default: 1]",
+        ),
+        "--device": dict(
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            help="auto takes CUDA where there is one  [default: auto]",
+        ),
+        "--snap": dict(
+            type=int,
+            metavar="TICKS",
+            help="Ticks between snapshots of pictures and networks  [default: 50, laptop: 10]",
+        ),
+        "--metrics": dict(
+            type=CommaList(),
+            metavar="LIST",
+            help="Comma-separated metrics run at each snapshot, or 'none'  [default: fid50k_full, laptop: none]",
+        ),
+        "--detector": dict(
+            metavar="NAME",
+            help="Detector of the metrics: a local path, or efficientnet-lite0  [default: the metric's own]",
+        ),
+        "--seed": dict(type=int, metavar="INT", help="Random seed  [default: 0]"),
+        ("-n", "--dry-run"): dict(is_flag=True, help="Print the options and exit"),
+    },
+    "Data": {
+        "--data": dict(
+            metavar="PATH", help="Training pictures: folder or zip, or 'demo'; needed for a new run"
+        ),
+        "--cond": dict(
+            type=bool,
+            metavar="BOOL",
+            help="Train a conditional model on the labels in dataset.json  [default: false]",
+        ),
+        "--subset": dict(
+            type=int, metavar="INT", help="Train with only N pictures, chosen by --seed  [default: all]"
+        ),
+        "--mirror": dict(type=bool, metavar="BOOL", help="Add mirrored pictures  [default: false]"),
+    },
+    "Base config": {
+        "--cfg": dict(metavar="NAME", help=None),  # the help lists the configs: see build_command
+        "--gamma": dict(type=float, metavar="FLOAT", help="Override the R1 weight"),
+        "--kimg": dict(
+            type=int, metavar="INT", help="Override the length of training, in thousands of pictures"
+        ),
+        "--batch": dict(type=int, metavar="INT", help="Override the batch size, of all processes together"),
+        "--glr": dict(type=float, metavar="FLOAT", help="Override the learning rate of G"),
+        "--dlr": dict(type=float, metavar="FLOAT", help="Override the learning rate of D"),
+        "--set": dict(
+            multiple=True,
+            metavar="A.B=JSON",
+            help="Set any option of the loop, such as loss_kwargs.pl_weight=0",
+        ),
+    },
+    "Augmentation": {
+        "--aug": dict(type=click.Choice(configs.AUG_MODES), help="Augmentation mode  [default: ada]"),
+        "--p": dict(type=float, metavar="FLOAT", help="Augmentation probability, for --aug=fixed"),
+        "--target": dict(type=float, metavar="FLOAT", help="Target of ADA, for --aug=ada  [default: 0.6]"),
+        "--augpipe": dict(
+            type=click.Choice(list(configs.AUGPIPES)), help="Transforms that are used  [default: bgc]"
+        ),
+        "--initstrength": dict(
+            metavar="FLOAT|resume",
+            help="Strength that ADA begins with; resume: that of the --resume file  [default: 0]",
+        ),
+    },
+    "Transfer": {
+        "--resume": dict(
+            metavar="WHAT",
+            help="A run directory or 'latest': go on exactly. A snapshot (path, URL, "
+            + ", ".join(configs.PUBLISHED)
+            + "): a new run from its networks  [default: noresume]",
+        ),
+        "--freezed": dict(
+            type=int, metavar="INT", help="Freeze the N highest-resolution layers of D  [default: 0]"
+        ),
+        "--trust-pickle": dict(
+            is_flag=True, default=None, help="Let the --resume file run its own code: only if you trust it"
+        ),
+    },
+    "Performance": {
+        "--batch-gpu": dict(
+            type=int,
+            metavar="INT",
+            help="Pictures at a time on each process: fewer need less memory. Gradients of the parts of a batch add up",
+        ),
+        "--precision": dict(
+            type=click.Choice(configs.PRECISIONS),
+            help="Numbers of the layers of high resolution  [default: fp16, cpu and --cfg=laptop: fp32]",
+        ),
+        "--fp32": dict(type=bool, metavar="BOOL", help="The same as --precision=fp32"),
+        "--nhwc": dict(
+            type=bool, metavar="BOOL", help="Channels-last memory with half precision  [default: false]"
+        ),
+        "--nobench": dict(
+            type=bool, metavar="BOOL", help="Do not let cuDNN try its algorithms  [default: false]"
+        ),
+        "--allow-tf32": dict(type=bool, metavar="BOOL", help="Let PyTorch use TF32  [default: false]"),
+        "--workers": dict(
+            type=int, metavar="INT", help="Processes that read pictures, from 0 on  [default: 3]"
+        ),
+    },
+    "Logging": {
+        "--log": dict(
+            type=CommaList(),
+            metavar="LIST",
+            help="Also log to tensorboard, wandb or both, which must be installed  [default: none]",
+        ),
+        "--best": dict(
+            metavar="METRIC", help="Keep the best snapshot by this metric, too, as network-snapshot-best.pkl"
+        ),
+        "--keep-last": dict(
+            type=int, metavar="N", help="Delete all but the N latest snapshots  [default: keep all]"
+        ),
+    },
+}
+
+
 class Command(click.Command):
-    """Shows the options of plug-ins under headings of their own."""
+    """Shows the options in groups, each plug-in's under a heading of its own."""
 
     def format_options(self, ctx, formatter):
-        """Writes our options, then each plug-in's."""
-        groups = {"Options": []}
+        """Writes one section a group."""
+        headings = {name: heading for heading, flags in GROUPS.items() for name in map(_name, flags)}
+        groups = {heading: [] for heading in GROUPS}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None:
                 option = configs.OPTIONS.get(param.name)
-                groups.setdefault("Options" if option is None else f"Options of {option.heading}", []).append(
-                    record
+                heading = (
+                    headings.get(param.name, "General") if option is None else f"Options of {option.heading}"
                 )
+                groups.setdefault(heading, []).append(record)
         for heading, records in groups.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
 
 
+def _name(flags):
+    """The name of the parameter behind '--some-flag' or ('-s', '--some-flag')."""
+    flag = flags if isinstance(flags, str) else flags[-1]
+    return flag.lstrip("-").replace("-", "_")
+
+
 def _options(command):
     """Adds the options to the click command; those of plug-ins must be registered by now."""
-    opt = click.option
-    own = [
-        opt("--outdir", help="Where the run directories go; needed for a new run", metavar="DIR"),
-        opt(
-            "--gpus",
-            help="Processes, one per GPU; 0 trains on the CPU",
-            type=click.IntRange(min=0),
-            default=1,
-            show_default=True,
-        ),
-        opt(
-            "--device",
-            help="Where to train: auto takes CUDA where there is one",
-            type=click.Choice(["auto", "cpu", "cuda"]),
-            default="auto",
-            show_default=True,
-        ),
-        opt(
-            "--snap", help="Snapshot interval in ticks  [default: 50, laptop: 10]", type=int, metavar="TICKS"
-        ),
-        opt(
-            "--metrics",
-            help="Comma-separated metrics run at each snapshot, or 'none'  [default: fid50k_full, laptop: none]",
-            type=CommaList(),
-        ),
-        opt(
-            "--detector",
-            help="Detector of the metrics: a local path, or efficientnet-lite0  [default: the metric's own]",
-            metavar="NAME",
-        ),
-        opt("--seed", help="Random seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True),
-        opt("-n", "--dry-run", help="Print the options and exit", is_flag=True),
-        opt("--data", help="Training pictures: folder, zip, or 'demo'", metavar="PATH"),
-        opt("--cond", help="Train a conditional model on the data set's labels", type=bool, metavar="BOOL"),
-        opt("--subset", help="Train with only N pictures", type=int, metavar="INT"),
-        opt("--mirror", help="Add mirrored pictures", type=bool, metavar="BOOL"),
-        opt(
-            "--cfg",
-            help="Base config",
-            type=click.Choice(configs.CONFIGS.names()),
-            default="auto",
-            show_default=True,
-        ),
-        opt("--gamma", help="Override the R1 weight", type=float),
-        opt("--kimg", help="Override the length of training", type=int, metavar="INT"),
-        opt("--batch", help="Override the batch size", type=int, metavar="INT"),
-        opt("--aug", help="Augmentation mode  [default: ada]", type=click.Choice(["noaug", "ada", "fixed"])),
-        opt("--p", help="Augmentation probability for --aug=fixed", type=float),
-        opt("--target", help="ADA target  [default: 0.6]", type=float),
-        opt(
-            "--augpipe",
-            help="Augmentation pipeline  [default: bgc]",
-            type=click.Choice(list(configs.AUGPIPES)),
-        ),
-        opt(
-            "--resume",
-            help="A run directory or 'latest': go on exactly. A snapshot (path, URL, "
-            + ", ".join(configs.PUBLISHED)
-            + "): a new run from its networks",
-            metavar="WHAT",
-        ),
-        opt(
-            "--workers",
-            help="DataLoader worker processes",
-            type=click.IntRange(min=0),
-            default=3,
-            show_default=True,
-        ),
-        opt(
-            "--set",
-            help="Set any option of the loop, such as loss_kwargs.pl_weight=0",
-            multiple=True,
-            metavar="A.B=JSON",
-        ),
-    ]
-    plugin = [opt(option.flag, **{"default": None, **option.kwargs}) for option in configs.OPTIONS.values()]
-    for decorate in reversed(own + plugin):
+    choices = dict(type=click.Choice(configs.CONFIGS.names()), metavar="NAME")
+    choices["help"] = f"Base config: {', '.join(configs.CONFIGS.names())}  [default: auto]"
+    decorators = []
+    for options in GROUPS.values():
+        for flags, kwargs in options.items():
+            kwargs = choices if flags == "--cfg" else kwargs
+            default = {"default": configs.OPTION_DEFAULTS.get(_name(flags))}
+            names = [flags] if isinstance(flags, str) else flags
+            decorators.append(click.option(*names, **{**default, **kwargs}))
+    for option in configs.OPTIONS.values():
+        decorators.append(click.option(option.flag, **{"default": None, **option.kwargs}))
+    for decorate in reversed(decorators):
         command = decorate(command)
     return command
+
+
+def setup_training_loop_kwargs(**config):
+    """(description, options of training_loop) for options named as on the command line, with underscores.
+
+    The family's function: what is not given is None, metrics is a list, a mistake is a UserError. The options lack
+    only run_dir. An unknown name is a TypeError.
+    """
+    load_plugins()
+    known = {*map(_name, [flag for flags in GROUPS.values() for flag in flags]), *configs.OPTIONS}
+    unknown = sorted(set(config) - (known - {"outdir", "dry_run"}))
+    if unknown:
+        raise TypeError(f"setup_training_loop_kwargs() got unknown options {', '.join(unknown)}")
+    args, desc = configs.make_config(config)
+    return desc, args
 
 
 def find_run(outdir, resume):
@@ -162,6 +242,8 @@ def continue_config(run_dir, given):
     given: the options that stand on the command line. An option that must not change and does is a
     ConfigError.
     """
+    from training import running
+
     path = os.path.join(run_dir, "training_options.json")
     try:
         with open(path, encoding="utf-8") as f:
@@ -173,7 +255,7 @@ def continue_config(run_dir, given):
     fixed = [
         f"--{k.replace('_', '-')}={v} (was {command.get(k)})"
         for k, v in changed.items()
-        if k not in FREE_TO_CHANGE
+        if k not in running.FREE_TO_CHANGE
     ]
     if fixed:
         raise configs.ConfigError(
@@ -182,26 +264,14 @@ def continue_config(run_dir, given):
         )
     command.update(changed)
     c = configs.easy(saved)
-    configs.change_running(c, changed)
+    running.change_running(c, changed)
     return c, command
-
-
-def check_metrics(names):
-    """Refuses metrics that are not registered."""
-    from metrics import metric_main
-
-    if not all(metric_main.is_valid_metric(name) for name in names):
-        known = "\n".join(
-            ["--metrics can only contain the following values:", *metric_main.list_valid_metrics()]
-        )
-        raise configs.ConfigError(known)
 
 
 def plan(options, given):
     """The options of the loop for a command: run directory, and whether an earlier run is continued. Writes
     nothing."""
-    check_metrics(options["metrics"] or [])
-    command = {k: v for k, v in options.items() if k not in NOT_RUN_OPTIONS}
+    command = {k: v for k, v in options.items() if k not in NOT_RUN_OPTIONS and v is not None}
     run_dir = find_run(options["outdir"], options["resume"])
     if run_dir is not None:
         c, command = continue_config(run_dir, {k: options[k] for k in given})
@@ -209,7 +279,8 @@ def plan(options, given):
     else:
         if options["outdir"] is None:
             raise configs.ConfigError("--outdir is required: where the run directory is to be made")
-        command["resume"] = options["resume"]
+        if options["resume"] is not None:
+            command["resume"] = options["resume"]
         c, desc = configs.make_config(command)
         run_dir = configs.next_run_dir(options["outdir"], desc)
     c.run_dir = run_dir
@@ -261,12 +332,31 @@ def worker(rank, c):
             text = str(err)  # of an error in a worker process, the last line alone
             print(f"Error: {text.strip().splitlines()[-1] if text.startswith('Caught ') else text}")
             sys.exit(1)
+        except (MemoryError, RuntimeError) as err:
+            # PyTorch has an exception of its own for a GPU that is full, but none for the CPU
+            if not isinstance(err, MemoryError | torch.OutOfMemoryError) and "CPUAllocator" not in str(err):
+                raise
+            print(f"Error: out of memory. {less_memory(c)}")
+            sys.exit(1)
     if not complete and c.num_gpus == 1:  # of several processes each just ends
         sys.exit(130)
 
 
+def less_memory(c):
+    """What to do when the memory was too small for a run."""
+    smaller = configs.smaller_batch_gpu(c)
+    if smaller is None:
+        return "There is one picture at a time already: use smaller networks, smaller pictures or more memory"
+    return (
+        f"Try --batch-gpu={smaller}: {smaller} pictures at a time on each process instead of {c.batch_gpu}, the batch"
+        f" stays {c.batch_size}"
+    )
+
+
 def launch(c, command):
     """Makes the run directory, records the options, and runs the processes."""
+    from torch.multiprocessing import ProcessExitedException
+
     from torch_utils import distributed
 
     os.makedirs(c.run_dir, exist_ok=c.get("exact_resume", False))
@@ -274,7 +364,12 @@ def launch(c, command):
     with dnnlib.util.open_atomic(os.path.join(c.run_dir, "training_options.json")) as f:
         f.write(json.dumps(saved, indent=2).encode("utf-8"))
     print("Launching processes...")
-    distributed.launch(worker, c.num_gpus, args=(c,), device_type=c.device)
+    try:
+        distributed.launch(worker, c.num_gpus, args=(c,), device_type=c.device)
+    except ProcessExitedException as err:
+        if err.exit_code != 1:
+            raise
+        sys.exit(1)  # the process has said why
 
 
 def _main(ctx, **options):

@@ -13,12 +13,14 @@ from pathlib import Path
 import PIL.Image
 import pytest
 from click.testing import CliRunner
+from torch.multiprocessing import ProcessExitedException
 
 import dnnlib
 import train
 from dnnlib.plugins import load_plugins
 from ssn_ext import transfer
-from training import snapshot
+from torch_utils import distributed
+from training import configs, snapshot, training_loop
 from training.networks import Discriminator, Generator
 
 ROOT = Path(__file__).parents[1]
@@ -68,44 +70,170 @@ def stylegan2_pkl(tmp_path_factory):
 # --- options ------------------------------------------------------------------------------------------------
 
 
+# The family's table, written out: cfg, kimg, batch, mbstd, fmaps, learning rate, gamma, EMA in kimg, its ramp-up,
+# mapping layers; for `auto` at 32x32 on one GPU.
+TABLE = """
+    auto       25000   32  4   0.5  0.0025  0.0064  10   0.05  2
+    stylegan2  25000   32  4   1    0.002   10      10   None  8
+    paper256   25000   64  8   0.5  0.0025  1       20   None  8
+    paper512   25000   64  8   1    0.0025  0.5     20   None  8
+    paper1024  25000   32  4   1    0.002   2       10   None  8
+    cifar      100000  64  32  1    0.0025  0.01    500  0.05  2
+"""
+BATCH_GPU = dict(auto=32, stylegan2=4, paper256=8, paper512=8, paper1024=4, cifar=32)
+
+
+@pytest.mark.parametrize("row", TABLE.strip().splitlines())
+def test_configs_are_the_familys(row):
+    cfg, *numbers = row.split()
+    kimg, batch, mbstd, fmaps, lr, gamma, ema, ramp, layers = (
+        None if n == "None" else float(n) for n in numbers
+    )
+    desc, c = train.setup_training_loop_kwargs(data="demo", cfg=cfg)
+    assert desc == f"lorelei32-{cfg}" + ("1" if cfg == "auto" else "")
+    assert (c.total_kimg, c.batch_size, c.batch_gpu) == (kimg, batch, BATCH_GPU[cfg])
+    assert (c.ema_kimg, c.ema_rampup) == (ema, ramp)
+    widths = dict(channel_base=int(fmaps * 32768), channel_max=512, num_fp16_res=4, conv_clamp=256)
+    assert c.G_kwargs == dict(
+        class_name="training.networks.Generator",
+        z_dim=512,
+        w_dim=512,
+        mapping_kwargs=dict(num_layers=layers),
+        synthesis_kwargs=widths,
+    )
+    D = dict(class_name="training.networks.Discriminator", block_kwargs={}, mapping_kwargs={}, **widths)
+    D.update(epilogue_kwargs=dict(mbstd_group_size=mbstd))
+    adam = dict(class_name="torch.optim.Adam", lr=lr, betas=[0, 0.99], eps=1e-8)
+    assert c.G_opt_kwargs == c.D_opt_kwargs == adam
+    loss = dict(class_name="training.loss.StyleGAN2Loss", r1_gamma=pytest.approx(gamma))
+    if cfg == "cifar":
+        D.update(architecture="orig")
+        loss.update(pl_weight=0, style_mixing_prob=0)
+    assert c.D_kwargs == D and c.loss_kwargs == loss
+    assert c.ada_target == 0.6 and len(c.augment_kwargs) == 1 + 12  # bgc
+    assert c.augment_kwargs.class_name == "training.augment.AugmentPipe"
+    assert (c.metrics, c.random_seed, c.image_snapshot_ticks, c.network_snapshot_ticks) == (
+        ["fid50k_full"],
+        0,
+        50,
+        50,
+    )
+    assert c.data_loader_kwargs == dict(pin_memory=True, num_workers=3, prefetch_factor=2)
+
+
 @pytest.mark.parametrize(
-    "cfg,kimg,batch,gamma,lr,layers,base",
+    "size,gpus,batch,batch_gpu,mbstd,fmaps,lr,gamma,ema",
     [
-        ("stylegan2", 25000, 32, 10, 0.002, 8, 32768),
-        ("paper256", 25000, 64, 1, 0.0025, 8, 16384),
-        ("paper512", 25000, 64, 0.5, 0.0025, 8, 32768),
-        ("paper1024", 25000, 32, 2, 0.002, 8, 32768),
-        ("cifar", 100000, 64, 0.01, 0.0025, 2, 32768),
-        ("auto", 25000, 32, 0.0002 * 32**2 / 32, 0.0025, 2, 16384),
+        (64, 1, 32, 32, 4, 0.5, 0.0025, 0.0256, 10),  # 0.0002 * 64^2 / 32
+        (512, 2, 16, 8, 4, 1, 0.0025, 3.2768, 5),  # 2 * min(4096 / 512, 32)
+        (1024, 8, 32, 4, 4, 1, 0.002, 6.5536, 10),
+        (1024, 1, 4, 4, 4, 1, 0.002, 52.4288, 1.25),
+        (2048, 3, 6, 2, 2, 1, 0.002, 139.81013, 1.875),
+        (16, 3, 60, 20, 4, 0.5, 0.0025, 0.0512 / 60, 18.75),  # not 64, which 3 processes cannot share
     ],
 )
-def test_configs_are_the_familys(cfg, kimg, batch, gamma, lr, layers, base):
-    c = plan(f"--cfg={cfg}")
-    assert (c["total_kimg"], c["batch_size"], c["loss_kwargs"]["r1_gamma"]) == (kimg, batch, gamma)
-    assert c["G_opt_kwargs"] == dict(class_name="torch.optim.Adam", lr=lr, betas=[0.0, 0.99], eps=1e-8)
-    assert c["G_kwargs"]["mapping_kwargs"]["num_layers"] == layers
-    assert c["G_kwargs"]["synthesis_kwargs"]["channel_base"] == c["D_kwargs"]["channel_base"] == base
-    assert c["metrics"] == ["fid50k_full"]
-    assert c["ada_target"] == 0.6 and len(c["augment_kwargs"]) == 1 + 12  # bgc
+def test_auto_follows_resolution_and_processes(size, gpus, batch, batch_gpu, mbstd, fmaps, lr, gamma, ema):
+    c = dnnlib.EasyDict(training_set_kwargs=dnnlib.EasyDict(resolution=size), num_gpus=gpus)
+    configs.auto(c, dnnlib.EasyDict(img_shape=[size, size], block_resolution=size))
+    assert c.batch_size == batch and c.ema_kimg == ema and c.ema_rampup == 0.05
+    assert c.G_opt_kwargs.lr == lr and c.loss_kwargs.r1_gamma == pytest.approx(gamma)
+    assert c.D_kwargs.channel_base == int(32768 * fmaps)
+    assert c.batch_gpu == batch_gpu and c.D_kwargs.epilogue_kwargs.mbstd_group_size == mbstd
+
+
+FAMILYS_ORDER = """num_gpus image_snapshot_ticks network_snapshot_ticks metrics random_seed training_set_kwargs
+    data_loader_kwargs G_kwargs D_kwargs G_opt_kwargs D_opt_kwargs loss_kwargs total_kimg batch_size batch_gpu ema_kimg
+    ema_rampup ada_target augment_kwargs resume_pkl ada_kimg cudnn_benchmark allow_tf32""".split()
+
+
+def test_options_come_in_the_familys_order(ds):
+    args = [
+        "--resume=ffhq256",
+        "--nobench=1",
+        "--allow-tf32=1",
+        "--kimg=3",
+        "--workers=1",
+        "--log=none",
+        "--subset=5",
+    ]
+    c = plan(*args, f"--data={ds}")
+    ours = ["device", "metric_kwargs", "tick_hooks", "log", "run_dir", "command"]
+    assert [name for name in c if name not in ours] == FAMILYS_ORDER
+    assert list(c)[: len(FAMILYS_ORDER)] == FAMILYS_ORDER and list(c)[-2:] == ["run_dir", "command"]
+    data = ["class_name", "path", "use_labels", "max_size", "xflip", "resolution", "random_seed"]
+    assert list(c["training_set_kwargs"]) == data
+    fixed = list(plan("--aug=fixed", "--p=0.5"))
+    assert fixed[fixed.index("ema_rampup") + 1 :][:2] == ["augment_p", "augment_kwargs"]
 
 
 @pytest.mark.parametrize(
     "args,name",
     [
-        ([], "00000-lorelei32-auto1"),
+        ([], "00000-ds-auto1"),
         (
-            ["--mirror=1", "--cfg=cifar", "--gamma=10", "--kimg=5", "--batch=8"],
-            "00000-lorelei32-mirror-cifar-gamma10-kimg5-batch8",
+            ["--cond=1", "--mirror=1", "--cfg=cifar", "--gamma=10", "--kimg=5", "--batch=8"],
+            "00000-ds-cond-mirror-cifar-gamma10-kimg5-batch8",
         ),
         (
-            ["--subset=5", "--aug=fixed", "--p=0.3", "--augpipe=bg"],
-            "00000-lorelei32-subset5-auto1-fixed-p0.3-bg",
+            ["--subset=5", "--aug=fixed", "--p=0.3", "--augpipe=bg", "--resume=ffhq256", "--freezed=2"],
+            "00000-ds-subset5-auto1-fixed-p0.3-bg-resumeffhq256-freezed2",
         ),
-        (["--cfg=ssn", "--lambda-d=10", "--aug=noaug"], "00000-lorelei32-ssn-noaug-lambda10"),
+        (["--gpus=3", "--device=cpu", "--batch=6"], "00000-ds-auto3-batch6"),
+        (["--aug=ada", "--target=0.7", "--resume=noresume"], "00000-ds-auto1-ada-target0.7-noresume"),
+        (["--cond=0", "--mirror=0", "--seed=3", "--snap=1", "--fp32=1", "--nhwc=1"], "00000-ds-auto1"),
+        (["--cfg=ssn", "--lambda-d=10", "--aug=noaug"], "00000-ds-ssn-noaug-lambda10"),
+        (
+            ["--glr=0.001", "--dlr=0.002", "--initstrength=0.25", "--freezed=1"],
+            "00000-ds-auto1-freezed1-glr0.001-dlr0.002-initstrength0.25",
+        ),
     ],
 )
-def test_run_directory_names(args, name):
-    assert plan(*args)["run_dir"] == os.path.join("/nowhere", name)
+def test_run_directory_names(ds, args, name):
+    assert plan(f"--data={ds}", *args)["run_dir"] == os.path.join("/nowhere", name)
+
+
+def test_a_new_run_takes_the_next_number(tmp_path, ds):
+    for name in ["00002-b", "00010-a", "7", "notes", "x9"]:
+        (tmp_path / name).mkdir()
+    (tmp_path / "00099-file").write_text("")
+    output, _status = run(f"--outdir={tmp_path}", f"--data={ds}", "--dry-run")
+    assert f"Output directory:  {tmp_path}/00011-ds-auto1\n" in output
+    assert len(list(tmp_path.iterdir())) == 6  # a dry run makes nothing
+
+
+def test_transfer_settings():
+    """Any transfer: ADA moves five times as fast, no EMA ramp-up."""
+    c = plan("--resume=celebahq256")
+    assert c["resume_pkl"] == (
+        "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/transfer-learning-source-nets/"
+        "celebahq-res256-mirror-paper256-kimg100000-ada-target0.5.pkl"
+    )
+    assert c["ada_kimg"] == 100 and c["ema_rampup"] is None
+    assert "ada_kimg" not in plan("--resume=noresume") and plan()["ema_rampup"] == 0.05
+
+
+def test_the_familys_function(ds):
+    """setup_training_loop_kwargs: (description, options), None for what is not given, UserError for mistakes."""
+    desc, args = train.setup_training_loop_kwargs(
+        data=str(ds), metrics=[], mirror=True, kimg=None, cfg=None, workers=0
+    )
+    assert desc == "ds-mirror-auto1" and args.metrics == [] and args.training_set_kwargs.xflip is True
+    training_loop.complete_config({**args, "run_dir": "x"})  # the loop knows them all
+    assert json.loads(json.dumps(args)) == args
+    for wrong, message in [
+        (dict(gpus=-1), "--gpus must be at least 1, or 0 for the CPU"),
+        (dict(workers=-1), "--workers must be at least 0"),
+        (dict(aug="some"), "--aug=some is not known; there are noaug, ada, fixed"),
+        (dict(augpipe="x"), "--augpipe=x is not known; there are blit, "),
+        (dict(precision="fp8"), "--precision=fp8 is not known; there are fp32, fp16, bf16"),
+        (dict(cfg="paper128"), "--cfg=paper128 is not known; there are auto, stylegan2, "),
+        (dict(metrics=["fid"]), "--metrics can only contain the following values:\nfid50k_full\n"),
+        (dict(data=None), "--data is required"),
+    ]:
+        with pytest.raises(train.UserError, match=re.escape(message)):
+            train.setup_training_loop_kwargs(**{"data": str(ds), **wrong})
+    with pytest.raises(TypeError, match="unknown options fp16, outdir"):
+        train.setup_training_loop_kwargs(data=str(ds), outdir="x", fp16=True)
 
 
 def test_options_do_what_they_say(tmp_path):
@@ -158,7 +286,45 @@ def test_options_do_what_they_say(tmp_path):
         (["--target=0.5", "--aug=noaug"], "--target can only be specified with --aug=ada"),
         (["--target=7"], "--target must be between 0 and 1"),
         (["--augpipe=bg", "--aug=noaug"], "--augpipe cannot be specified with --aug=noaug"),
-        (["--metrics=fid"], "--metrics can only contain the following values:"),
+        (["--metrics=fid"], "--metrics can only contain the following values:\nfid50k_full\nkid50k_full\n"),
+        (["--freezed=-1"], "--freezed must be non-negative"),
+        (["--batch=0"], "--batch must be at least 1 and divisible by --gpus"),
+        (["--workers=-1"], "--workers must be at least 0"),
+        (["--gpus=-1"], "--gpus must be at least 1, or 0 for the CPU"),
+        (["--subset=0"], "--subset must be between 1 and 2800"),
+        (["--p=-0.1", "--aug=fixed"], "--p must be between 0 and 1"),
+        (["--target=-0.1"], "--target must be between 0 and 1"),
+        (["--p=0.5", "--aug=noaug"], "--p can only be specified with --aug=fixed"),
+        (["--target=0.5", "--aug=fixed", "--p=1"], "--target can only be specified with --aug=ada"),
+        (["--fp32=1", "--precision=bf16"], "--fp32=True contradicts --precision=bf16: give one of them"),
+        (["--fp32=0", "--precision=fp32"], "--fp32=False contradicts --precision=fp32: give one of them"),
+        (["--precision=fp8"], "Invalid value for '--precision': 'fp8' is not one of 'fp32', 'fp16', 'bf16'."),
+        (["--cfg=paper128"], "Invalid value for '--cfg': 'paper128' is not one of 'auto', 'stylegan2', "),
+        (
+            ["--batch-gpu=0"],
+            "--batch-gpu must be at least 1 and divide the 32 pictures that each process takes of",
+        ),
+        (["--batch=16", "--batch-gpu=32"], "--batch-gpu must be at least 1 and divide the 16 pictures"),
+        (
+            ["--cfg=paper256", "--batch=36", "--batch-gpu=12"],
+            "--batch, --batch-gpu: 12 pictures at a time must be a",
+        ),
+        (
+            ["--cfg=paper256", "--gpus=3", "--device=cpu"],
+            "the batch of 64 cannot be shared by 3 processes; give --batch",
+        ),
+        (["--glr=0"], "--glr must be positive"),
+        (["--dlr=-1"], "--dlr must be positive"),
+        (["--keep-last=0"], "--keep-last must be at least 1"),
+        (["--best=bogus"], "--best=bogus is not a number to judge by; there are fid50k_full, "),
+        (["--log=tensorboard,mlflow"], "--log can only contain tensorboard, wandb, or be none: not mlflow"),
+        (["--initstrength=x"], "--initstrength must be a non-negative number, or resume"),
+        (["--initstrength=-1"], "--initstrength must be a non-negative number, or resume"),
+        (["--initstrength=0.5", "--aug=noaug"], "--initstrength can only be specified with --aug=ada"),
+        (
+            ["--initstrength=resume"],
+            "--initstrength=resume needs a --resume file that was trained with augmentation",
+        ),
         (["--lambda-d=5"], "--lambda-d has no use with --cfg=auto; it goes with ssn"),
         (["--cfg=ssn", "--set=loss_kwargs.kwargs=1"], "--set loss_kwargs.kwargs: kwargs is not known there"),
         (
@@ -170,7 +336,7 @@ def test_options_do_what_they_say(tmp_path):
             "--set G_kwargs.synthesis_kwargs.bogus: bogus is not known there",
         ),
         (["--gpus=0", "--device=cuda"], "--gpus=0 is the CPU, --device=cuda is not"),
-        (["--seed=-1"], "Invalid value for '--seed'"),
+        (["--seed=-1"], "--seed must be between 0 and 2147483647"),
         (["--resume=/no/such.pkl"], "--resume: /no/such.pkl is neither a run directory, a file, nor a URL"),
         (["--cfg=ssn", "--latent-grid=4"], "--latent-grid=4: expected rows x columns, such as 4x4"),
         (["--set=G_kwarg.x=1"], "--set G_kwarg.x: no G_kwarg; there are "),
@@ -256,11 +422,62 @@ def test_a_source_of_another_shape_is_refused(stylegan2_pkl, tmp_path):
     assert message == "--resume: the network makes 32x32 pictures, --data has 32x24"
 
 
-def test_help_shows_plugin_options_under_their_heading():
+HELP_GROUPS = {
+    "General": "--outdir --gpus --device --snap --metrics --detector --seed --dry-run --help",
+    "Data": "--data --cond --subset --mirror",
+    "Base config": "--cfg --gamma --kimg --batch --glr --dlr --set",
+    "Augmentation": "--aug --p --target --augpipe --initstrength",
+    "Transfer": "--resume --freezed --trust-pickle",
+    "Performance": "--batch-gpu --precision --fp32 --nhwc --nobench --allow-tf32 --workers",
+    "Logging": "--log --best --keep-last",
+    "Options of ssn_ext": "--lambda-d --dist-blocks --latent-grid --encoder-init --demodulation",
+}
+
+
+def test_help_is_in_groups():
+    """Every option once, with a help text, under its heading."""
     output, status = run("--help")
     assert status == 0
-    ours = output[output.index("Options of ssn_ext:") :]
-    assert "--lambda-d" in ours and "--outdir DIR" not in ours
+    parts = re.split(r"^(\S.*):\n", output, flags=re.MULTILINE)
+    found = {}
+    for heading, text in zip(parts[1::2], parts[2::2], strict=True):
+        found[heading] = " ".join(
+            re.findall(r"^  (?:-n, )?(--[a-z0-9-]+)", text.split("\n\n")[0], re.MULTILINE)
+        )
+    assert {heading: flags for heading, flags in found.items() if heading in HELP_GROUPS} == HELP_GROUPS
+    assert all(param.help for param in train.build_command().params)
+
+
+def test_the_page_for_the_familys_users_knows_every_option():
+    """And its table of configs has the numbers of the table above."""
+    page = (ROOT / "docs" / "from-stylegan2-ada.md").read_text()
+    ours = page[page.index("## train.py") : page.index("## generate.py")]
+    for param in train.build_command().params:
+        if param.name not in configs.OPTIONS:
+            assert f"`{max(param.opts, key=len)}" in ours, param.opts
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in ours.splitlines()
+        if line.startswith("|")
+    ]
+    header = next(line for line in lines if "`auto`" in line)
+    table = {line[0].split(" (")[0]: line for line in lines if len(line) == len(header)}
+    names = [
+        "kimg",
+        "batch",
+        "minibatch-std group",
+        "learning rate",
+        "R1 gamma",
+        "EMA half-life, kimg",
+        "EMA ramp-up",
+    ]
+    for row in TABLE.strip().splitlines()[1:]:
+        cfg, kimg, batch, mbstd, fmaps, *rest, layers = row.replace("None", "none").split()
+        column = header.index(f"`{cfg}`")
+        assert [table[name][column] for name in names] == [kimg, batch, mbstd, *rest]
+        assert table["mapping layers"][column] == layers
+        assert int(table["channel_base"][column]) == 32768 * float(fmaps)
+        assert int(table["at a time on a GPU"][column]) == BATCH_GPU[cfg]
 
 
 def test_help_imports_no_torch():
@@ -383,6 +600,18 @@ def test_a_terminated_run_saves_and_goes_on(tmp_path):
         for line in (run_dir / "stats.jsonl").read_text().splitlines()
     ]
     assert ticks == list(range(len(ticks)))
+
+
+@pytest.mark.parametrize("code,raised", [(1, SystemExit), (7, ProcessExitedException)])
+def test_a_process_that_said_why_it_ended_is_enough(monkeypatch, tmp_path, code, raised):
+    """One line of it, no traceback of the process that waited; any other end is a surprise."""
+
+    def end(*args, **kwargs):
+        raise ProcessExitedException("process 1 terminated", error_index=1, error_pid=1, exit_code=code)
+
+    monkeypatch.setattr(distributed, "launch", end)
+    with pytest.raises(raised):
+        train.launch(dnnlib.EasyDict(run_dir=str(tmp_path / "run"), num_gpus=2, device="cpu"), {})
 
 
 # --- the house's promises -----------------------------------------------------------------------------------

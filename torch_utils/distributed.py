@@ -93,22 +93,24 @@ def average(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def all_reduce_gradients(params: Iterable) -> None:
+def all_reduce_gradients(params: Iterable) -> torch.Tensor:
     """Averages the gradients over all processes, in one reduction, then mends them: nan -> 0, +-inf -> +-1e5.
 
     In place. Parameters without a gradient are left out; all processes must have gradients for the same ones.
+    Returns how many values had to be mended, [] on the gradients' device (nobody waits for it).
     """
     grads = [param.grad for param in params if param.grad is not None]
     if not grads:
-        return
+        return torch.zeros([])
+    flat = torch.cat([grad.flatten() for grad in grads])
     if get_world_size() > 1:
-        flat = torch.cat([grad.flatten() for grad in grads])
         dist.all_reduce(flat)
         flat /= get_world_size()
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(part.view(grad.shape))
-    for grad in grads:
-        torch.nan_to_num(grad, nan=0, posinf=1e5, neginf=-1e5, out=grad)
+    mended = flat.isfinite().logical_not().sum()
+    torch.nan_to_num(flat, nan=0, posinf=1e5, neginf=-1e5, out=flat)
+    for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(part.view(grad.shape))
+    return mended
 
 
 # ----------------------------------------------------------------------------------------

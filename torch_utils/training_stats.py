@@ -17,6 +17,7 @@ import dnnlib
 
 _counters: dict = {}  # name -> {device: float64 [3], not yet in _totals}
 _totals: dict = {}  # name -> float64 [3] on the CPU, of all processes
+_broken: dict = {}  # name -> (how often it got moments that are not finite, the latest of them)
 _rank = 0
 _sync_device: torch.device | None = None
 _has_synced = False
@@ -75,6 +76,7 @@ def load_state_dict(state: dict) -> None:
             raise ValueError(f"Statistic {name!r} needs three numbers, not {state[name]!r}")
     _totals.clear()
     _totals.update(totals)
+    _broken.clear()
     _counters.clear()
     _counters.update({name: {} for name in totals})
 
@@ -94,6 +96,9 @@ def _synchronize(names: list) -> dict:
     if _sync_device is not None:
         torch.distributed.all_reduce(deltas)
     for name, delta in zip(names, deltas.cpu(), strict=True):
+        if not delta.isfinite().all():  # kept apart: a total that is nan once would stay so for ever
+            _broken[name] = (_broken.get(name, (0,))[0] + 1, delta.clone())
+            delta = torch.zeros_like(delta)
         _totals[name] = _totals[name] + delta if name in _totals else delta.clone()
     return {name: _totals[name] for name in names}
 
@@ -110,6 +115,7 @@ class Collector:
         self._regex = re.compile(regex)
         self._keep_previous = keep_previous
         self._seen: dict = {}  # name -> float64 [3]: total at the last update
+        self._broken: dict = {}  # name -> how many broken moments were seen
         self._moments: dict = {}  # name -> float64 [3]: of the last interval
         self.update()
         self._moments.clear()
@@ -125,6 +131,10 @@ class Collector:
         for name, total in _synchronize(self.names()).items():
             delta = total - self._seen[name] if name in self._seen else total
             self._seen[name] = total
+            times, moments = _broken.get(name, (0, None))
+            if times > self._broken.get(name, 0):
+                delta = delta + moments
+            self._broken[name] = times
             if float(delta[0]) != 0:
                 self._moments[name] = delta
 
@@ -141,6 +151,7 @@ class Collector:
             for key in ("seen", "moments")
         )
         self._seen, self._moments = tables
+        self._broken = {name: times for name, (times, _moments) in _broken.items()}
 
     def _row(self, name: str) -> list:
         assert self._regex.fullmatch(name), f"{name} is not matched by {self._regex.pattern}"

@@ -8,6 +8,7 @@ registers further configs and command-line options in its register(); see docs/e
 
 import inspect
 import json
+import math
 import os
 import re
 from collections import namedtuple
@@ -65,9 +66,11 @@ def auto(c, opts):
     """Settings by heuristics from the resolution and the number of GPUs: a start for new data sets."""
     res, gpus = c.training_set_kwargs.resolution, c.num_gpus
     height, width = opts.img_shape
-    mb = max(min(gpus * min(4096 // res, 32), 64), gpus)
+    share = max(min(gpus * min(4096 // res, 32), 64) // gpus, 1)
+    share -= share % 4 if share > 4 else 0  # whole groups of the minibatch statistics, for 3 GPUs, too
+    mb = share * gpus
     fmaps = 1 if opts.block_resolution >= 512 else 0.5
-    row = dict(ref_gpus=gpus, kimg=25000, mb=mb, mbstd=min(mb // gpus, 4), fmaps=fmaps)
+    row = dict(ref_gpus=gpus, kimg=25000, mb=mb, mbstd=min(share, 4), fmaps=fmaps)
     gamma = 0.0002 * (height * width) / mb
     row.update(lrate=0.002 if res >= 1024 else 0.0025, gamma=gamma, ema=mb * 10 / 32, ramp=0.05, map=2)
     apply_row(c, **row)
@@ -137,6 +140,8 @@ def apply_row(c, *, ref_gpus, kimg, mb, mbstd, fmaps, lrate, gamma, ema, ramp, m
 
 # --- from a command to options ------------------------------------------------------------------------------
 
+AUG_MODES = ["noaug", "ada", "fixed"]
+PRECISIONS = ["fp32", "fp16", "bf16"]
 AUGPIPES = {
     "blit": "xflip rotate90 xint",
     "geom": "scale rotate aniso xfrac",
@@ -151,24 +156,37 @@ for _name, _parts in dict(
     AUGPIPES[_name] = " ".join(AUGPIPES[part] for part in _parts.split())
 
 
+# Values of options that were not given; all others are None then.
+OPTION_DEFAULTS = dict(gpus=1, device="auto", seed=0, cfg="auto", workers=3)
+
+# Names and order of the loop's options as the family has them; ours follow.
+FAMILY_ORDER = (
+    "num_gpus image_snapshot_ticks network_snapshot_ticks metrics random_seed training_set_kwargs data_loader_kwargs"
+    " G_kwargs D_kwargs G_opt_kwargs D_opt_kwargs loss_kwargs total_kimg batch_size batch_gpu ema_kimg ema_rampup"
+    " ada_target augment_p augment_kwargs resume_pkl ada_kimg cudnn_benchmark allow_tf32"
+).split()
+
+
 def make_config(opts):
     """The training options and the run directory's description for the options of a command.
 
     opts: dict of option values, None where not given (names as in train.py). Reads the data set and, for
-    configs that take their widths from it, the --resume file; writes nothing. Returns (EasyDict of
-    training_loop's options, desc). Raises ConfigError with one line for the user.
+    options that are taken from it, the --resume file; writes nothing. Returns (EasyDict of training_loop's
+    options, desc). Raises ConfigError with one line for the user.
     """
     from torch_utils.distributed import choose_device
 
-    opts = Options(opts)
+    opts = Options({**OPTION_DEFAULTS, **{k: v for k, v in opts.items() if v is not None}})
     c = dnnlib.EasyDict()
     try:
-        c.num_gpus, c.device = choose_device(opts.gpus, opts.device or "auto")
+        c.num_gpus, c.device = choose_device(opts.gpus, opts.device)
     except ValueError as err:
         raise ConfigError(str(err)) from err
     c.image_snapshot_ticks = c.network_snapshot_ticks = 50
     c.metrics = ["fid50k_full"]
     c.metric_kwargs = dnnlib.EasyDict()
+    if not 0 <= opts.seed < 2**31:
+        raise ConfigError("--seed must be between 0 and 2147483647")
     c.random_seed = opts.seed
     desc = [_dataset(c, opts)]
     c.tick_hooks = []
@@ -179,12 +197,15 @@ def make_config(opts):
     desc += _overrides(c, opts)
     desc += _augment(c, opts)
     desc += _resume(c, opts)
+    desc += _networks(c, opts)
+    desc += _start(c, opts)
     desc += _plugin_options(opts)
     for assignment in opts.set or []:
         set_option(c, assignment)
     _check_shape(c, opts)
     _check_batch(c)
-    return c, "-".join(part for part in desc if part)
+    order = [name for name in FAMILY_ORDER if name in c] + [name for name in c if name not in FAMILY_ORDER]
+    return dnnlib.EasyDict({name: c[name] for name in order}), "-".join(part for part in desc if part)
 
 
 def easy(value):
@@ -192,30 +213,6 @@ def easy(value):
     if isinstance(value, dict):
         return dnnlib.EasyDict({k: easy(v) for k, v in value.items()})
     return [easy(v) for v in value] if isinstance(value, list) else value
-
-
-def change_running(c, opts):
-    """Applies the options that may change when a run is continued (dict: metrics, detector, workers, kimg, snap);
-    returns their part of the description."""
-    opts = Options(opts)
-    if opts.metrics is not None:
-        c.metrics = list(opts.metrics)
-    if opts.detector is not None:
-        c.metric_kwargs = dnnlib.EasyDict(detector=opts.detector)
-    if opts.workers is not None:
-        prefetch = dict(prefetch_factor=2) if opts.workers else {}
-        c.data_loader_kwargs = dnnlib.EasyDict(pin_memory=True, num_workers=opts.workers, **prefetch)
-    desc = []
-    if opts.kimg is not None:
-        if opts.kimg < 1:
-            raise ConfigError("--kimg must be at least 1")
-        desc.append(f"kimg{opts.kimg}")
-        c.total_kimg = opts.kimg
-    if opts.snap is not None:
-        if opts.snap < 1:
-            raise ConfigError("--snap must be at least 1")
-        c.image_snapshot_ticks = c.network_snapshot_ticks = opts.snap
-    return desc
 
 
 class Options(dnnlib.EasyDict):
@@ -234,7 +231,9 @@ class Options(dnnlib.EasyDict):
             from training import snapshot
 
             try:
-                self["_source"] = snapshot.load_network_pkl(resolve_resume(self.resume))
+                self["_source"] = snapshot.load_network_pkl(
+                    resolve_resume(self.resume), trust=bool(self.trust_pickle)
+                )
             except snapshot.SnapshotError as err:
                 raise ConfigError(f"--resume: {err}") from err
         return self["_source"]
@@ -285,6 +284,8 @@ def _dataset(c, opts):
 
 def _overrides(c, opts):
     """Options that replace a number of the config."""
+    from training.running import change_running
+
     desc = []
     if opts.gamma is not None:
         if opts.gamma < 0:
@@ -298,12 +299,23 @@ def _overrides(c, opts):
         desc.append(f"batch{opts.batch}")
         c.batch_size = opts.batch
         c.batch_gpu = opts.batch // c.num_gpus
+    if opts.batch_gpu is not None:
+        share = c.batch_size // c.num_gpus
+        if opts.batch_gpu < 1 or share % opts.batch_gpu:
+            raise ConfigError(
+                f"--batch-gpu must be at least 1 and divide the {share} pictures that each process takes of a batch"
+            )
+        c.batch_gpu = opts.batch_gpu
     return desc
 
 
 def _augment(c, opts):
     mode = opts.aug or "ada"
     desc = [opts.aug] if opts.aug else []
+    if mode not in AUG_MODES:
+        raise ConfigError(f"--aug={mode} is not known; there are {', '.join(AUG_MODES)}")
+    if opts.augpipe is not None and opts.augpipe not in AUGPIPES:
+        raise ConfigError(f"--augpipe={opts.augpipe} is not known; there are {', '.join(AUGPIPES)}")
     if opts.p is not None and mode != "fixed":
         raise ConfigError("--p can only be specified with --aug=fixed")
     if opts.target is not None and mode != "ada":
@@ -355,11 +367,91 @@ def _resume(c, opts):
     if opts.resume is None or opts.resume == "noresume":
         return [opts.resume]
     c.resume_pkl = resolve_resume(opts.resume)
+    if opts.trust_pickle:
+        c.resume_trust = True
     if not (dnnlib.util.is_url(c.resume_pkl, allow_file_urls=True) or os.path.isfile(c.resume_pkl)):
         raise ConfigError(f"--resume: {opts.resume} is neither a run directory, a file, nor a URL")
     c.ema_rampup = None
     c.setdefault("ada_kimg", 100)
     return [f"resume{opts.resume}" if opts.resume in PUBLISHED else "resumecustom"]
+
+
+def _networks(c, opts):
+    """Options that act on both networks: precision, memory format, frozen layers; and the switches of the backends."""
+    widths = [c.G_kwargs.setdefault("synthesis_kwargs", dnnlib.EasyDict()), c.D_kwargs]
+    blocks = [widths[0], c.D_kwargs.setdefault("block_kwargs", dnnlib.EasyDict())]
+    precision = _precision(opts)
+    if precision is not None:
+        for each in widths:
+            if precision == "fp32":
+                each.update(num_fp16_res=0, conv_clamp=None)
+            elif not each.get("num_fp16_res"):
+                each.update(num_fp16_res=4, conv_clamp=256)
+        for each in blocks:
+            each.pop("half_dtype", None)
+            if precision == "bf16":
+                each["half_dtype"] = "bfloat16"
+    if opts.nhwc:
+        for each in blocks:
+            each["fp16_channels_last"] = True
+    if opts.nobench:
+        c.cudnn_benchmark = False
+    if opts.allow_tf32:
+        c.allow_tf32 = True
+    blocks[1].pop("freeze_layers", None)  # what the training of the --resume file had frozen
+    if opts.freezed is None:
+        return []
+    if opts.freezed < 0:
+        raise ConfigError("--freezed must be non-negative")
+    blocks[1]["freeze_layers"] = opts.freezed
+    return [f"freezed{opts.freezed}"]
+
+
+def _precision(opts):
+    """'fp32', 'fp16', 'bf16' or None from --precision and the family's --fp32."""
+    if opts.precision not in (None, *PRECISIONS):
+        raise ConfigError(f"--precision={opts.precision} is not known; there are {', '.join(PRECISIONS)}")
+    if opts.fp32 is None:
+        return opts.precision
+    if opts.precision is not None and opts.fp32 != (opts.precision == "fp32"):
+        raise ConfigError(f"--fp32={opts.fp32} contradicts --precision={opts.precision}: give one of them")
+    return "fp32" if opts.fp32 else opts.precision
+
+
+def _start(c, opts):
+    """Learning rates, and the strength that ADA begins with."""
+    desc = []
+    for net, name in [("G", "glr"), ("D", "dlr")]:
+        rate = opts.get(name)
+        if rate is not None:
+            if not 0 < rate < math.inf:
+                raise ConfigError(f"--{name} must be positive")
+            c[f"{net}_opt_kwargs"].lr = rate
+            desc.append(f"{name}{rate:g}")
+    if opts.initstrength is not None:
+        c.augment_p = _initial_strength(opts)
+        desc.append(f"initstrength{c.augment_p:g}")
+    return desc
+
+
+def _initial_strength(opts):
+    """The number that --initstrength gives, or that of the --resume file for 'resume'."""
+    if opts.aug not in (None, "ada"):
+        raise ConfigError("--initstrength can only be specified with --aug=ada")
+    if opts.initstrength == "resume":
+        pipe = (opts.source or {}).get("augment_pipe")
+        if pipe is None:
+            raise ConfigError(
+                "--initstrength=resume needs a --resume file that was trained with augmentation"
+            )
+        return float(pipe.p)
+    try:
+        value = float(opts.initstrength)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise ConfigError("--initstrength must be a non-negative number, or resume")
+    return value
 
 
 def _plugin_options(opts):
@@ -397,8 +489,17 @@ def _check_batch(c):
     group = c.D_kwargs.get("epilogue_kwargs", {}).get("mbstd_group_size", 4)
     if group and c.batch_gpu % min(group, c.batch_gpu):
         raise ConfigError(
-            f"--batch: {c.batch_gpu} pictures at a time must be a multiple of the minibatch-std group of {group}"
+            f"--batch, --batch-gpu: {c.batch_gpu} pictures at a time must be a multiple of the"
+            f" minibatch-std group of {group}"
         )
+
+
+def smaller_batch_gpu(c):
+    """The largest batch_gpu that is allowed and at most half of the present one; None where there is none."""
+    group = c.D_kwargs.get("epilogue_kwargs", {}).get("mbstd_group_size", 4)
+    share = c.batch_size // c.num_gpus
+    fits = [n for n in range(1, c.batch_gpu // 2 + 1) if share % n == 0 and n % min(group or n, n) == 0]
+    return max(fits, default=None)
 
 
 def set_option(c, assignment):

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tick hooks: all that a training run prints and writes. Each has start() and tick(); tests of the rank live
-here."""
+"""Tick hooks: all that a training run prints and writes. Tests of the rank live here."""
 
+import contextlib
 import json
+import math
 import os
+import re
+import shutil
+import sys
 import time
 
 import numpy as np
@@ -13,17 +17,27 @@ import torch
 import dnnlib
 from torch_utils import training_stats
 from torch_utils.images import save_image_grid
-from training import snapshot
+from training import running, snapshot
 
 
 class Hook:
-    """What happens at the start of a run and at each of its ticks. `run` is training_loop.Run."""
+    """What happens at the start of a run, at each of its ticks and at its end. `run` is training_loop.Run.
+
+    Hooks of one tick tell later ones what they made: `run.pictures` (name -> path of a PNG), `run.snapshot_pkl`
+    (path or None) and `run.results` (metric -> dict of its numbers).
+    """
 
     def __init__(self, run):
         self.run = run
 
     def start(self):
         """Called once, when all is built and before the first iteration."""
+
+    def step(self):
+        """Called after each iteration."""
+
+    def close(self):
+        """Called when the run ends, however it does."""
 
     def tick(self):
         """Called at the end of each tick; run.this_tick has index, seconds, images and maintenance
@@ -37,6 +51,59 @@ class Hook:
     def path(self, name):
         """A file of the run directory."""
         return os.path.join(self.run.c.run_dir, name)
+
+
+class ProgressBar(Hook):
+    """How far the present tick is, on the last line of a terminal; nothing where the output is none."""
+
+    EVERY = 0.5  # seconds between two drawings
+    WIDTH = 20
+    stream, shown = None, False
+
+    def start(self):
+        """Looks for a terminal: behind sys.stderr, so that log.txt gets nothing of it."""
+        stream = sys.__stderr__
+        usable = self.run.is_main and stream is not None and stream.isatty()
+        self.stream = stream if usable else None
+        self.drawn = time.monotonic()
+        self.run.clear_line = self.clear
+
+    def step(self):
+        """Draws the bar, now and then."""
+        if self.stream is None or time.monotonic() - self.drawn < self.EVERY:
+            return
+        run = self.run
+        images = run.counters.nimg - run.tick_began_nimg
+        rate = images / max(time.time() - run.tick_began, 1e-9)
+        target = run.c.kimg_per_tick * 1000
+        since = min(run.counters.nimg - run.counters.tick_start_nimg, target)
+        full = round(self.WIDTH * since / target)
+        left = max(run.c.total_kimg * 1000 - run.counters.nimg, 0) / rate
+        text = (
+            f"tick {run.counters.tick} [{'#' * full}{'.' * (self.WIDTH - full)}] {since:.0f}/{target:.0f} images"
+            f"  {rate:.1f} img/s  eta {dnnlib.util.format_time(left)}"
+        )
+        self._write(f"\r{text[: shutil.get_terminal_size().columns - 1]}\x1b[K")
+        self.shown, self.drawn = True, time.monotonic()
+
+    def clear(self):
+        """Takes the bar away."""
+        if self.shown:
+            self._write("\r\x1b[K")
+            self.shown = False
+
+    def _write(self, text):
+        with contextlib.suppress(OSError, ValueError):  # a terminal that went away must not end a training
+            self.stream.write(text)
+            self.stream.flush()
+
+    def tick(self):
+        """Makes room for what the others print."""
+        self.clear()
+
+    def close(self):
+        """Leaves a clean line."""
+        self.clear()
 
 
 class StatusLine(Hook):
@@ -123,6 +190,7 @@ class ImageGrids(Hook):
         if not run.c.exact_resume:
             run.say("Exporting sample images...")
             save_image_grid(images, self.path("reals.png"), drange=[0, 255], grid_size=self.grid_size)
+            run.pictures["reals"] = self.path("reals.png")
             self._write("fakes_init.png")
 
     def tick(self):
@@ -136,6 +204,7 @@ class ImageGrids(Hook):
         parts = zip(self.z.split(self.CHUNK), self.c.split(self.CHUNK), strict=True)
         images = [self.run.G_ema(z.to(device), c.to(device), noise_mode="const").cpu() for z, c in parts]
         save_image_grid(torch.cat(images).numpy(), self.path(name), drange=[-1, 1], grid_size=self.grid_size)
+        self.run.pictures["fakes"] = self.path(name)
 
 
 class Snapshots(Hook):
@@ -163,8 +232,10 @@ class Snapshots(Hook):
 class StatsLog(Hook):
     """stats.jsonl: all reported statistics, one line a tick."""
 
+    warned = False
+
     def tick(self):
-        """Collects and appends."""
+        """Collects and appends; says once when gradients were not finite."""
         run = self.run
         for phase in run.phases:
             took = phase.timer.milliseconds()
@@ -174,6 +245,12 @@ class StatsLog(Hook):
             line = dict(run.stats.as_dict(), timestamp=time.time())
             with open(self.path("stats.jsonl"), "a", encoding="utf-8") as f:
                 f.write(json.dumps(line, default=float) + "\n")
+        if run.stats["Progress/nonfinite"] > 0 and not self.warned:
+            self.warned = True
+            run.say(
+                "Warning: some gradients were nan or infinite and have been replaced; Progress/nonfinite in stats.jsonl"
+                " counts them. If that goes on, lower the learning rate or train with --precision=fp32 or bf16"
+            )
 
 
 class Checkpoints(Hook):
@@ -225,8 +302,63 @@ class Metrics(Hook):
             except Exception as err:  # a metric that fails must not end a training
                 run.say(f"Warning: {name} could not be computed: {type(err).__name__}: {err}")
                 continue
+            run.results[name] = result.results
             if run.is_main:
                 metric_main.report_metric(result, run_dir=run.c.run_dir, snapshot_pkl=run.snapshot_pkl)
+
+
+class KeepBest(Hook):
+    """network-snapshot-best.pkl: a copy of the snapshot with the best value of one metric; best.json says which."""
+
+    def start(self):
+        """Goes on from the best so far of a continued run, if it was judged by the same metric."""
+        run = self.run
+        self.best = None
+        if run.c.best is None:
+            return
+        self.metric, self.ending, self.better = running.parse_best(run.c.best)
+        if run.c.exact_resume and os.path.isfile(self.path("best.json")):
+            with open(self.path("best.json"), encoding="utf-8") as f:
+                best = json.load(f)
+            if best["metric"] == run.c.best and best["kimg"] <= run.kimg:
+                self.best = best["value"]
+
+    def tick(self):
+        """Copies this tick's snapshot if it is better than all before."""
+        run = self.run
+        if not run.is_main or run.c.best is None or self.metric not in run.results:
+            return
+        value = next(v for k, v in run.results[self.metric].items() if self.ending in k)
+        if not math.isfinite(value):
+            return
+        if self.best is not None and (value >= self.best if self.better == "lower" else value <= self.best):
+            return
+        self.best = value
+        name = os.path.basename(run.snapshot_pkl)
+        with (
+            open(run.snapshot_pkl, "rb") as source,
+            dnnlib.util.open_atomic(self.path("network-snapshot-best.pkl")) as f,
+        ):
+            shutil.copyfileobj(source, f)
+        record = dict(metric=run.c.best, value=value, kimg=run.kimg, snapshot_pkl=name)
+        with dnnlib.util.open_atomic(self.path("best.json")) as f:
+            f.write(json.dumps(record).encode("utf-8"))
+        run.say(f"Best {run.c.best} so far: {name}")
+
+
+class KeepLast(Hook):
+    """Deletes old snapshots of this run beyond the number to keep. What a continuation needs is in checkpoint.pt, and
+    the best one is a file of its own."""
+
+    def tick(self):
+        """Looks when a snapshot was written."""
+        run = self.run
+        if not run.is_main or run.c.keep_last is None or run.snapshot_pkl is None:
+            return
+        numbers = (re.fullmatch(r"network-snapshot-(\d+)\.pkl", name) for name in os.listdir(run.c.run_dir))
+        past = sorted((int(m[1]), m[0]) for m in numbers if m and int(m[1]) <= run.counters.nimg // 1000)
+        for _kimg, name in past[: -run.c.keep_last]:
+            os.remove(self.path(name))
 
 
 class Progress(Hook):

@@ -7,7 +7,7 @@ import time
 import torch
 
 import dnnlib
-from torch_utils import distributed
+from torch_utils import distributed, training_stats
 
 
 def lazy_correction(intervals):
@@ -46,7 +46,8 @@ class Phase:
         """Accumulates the gradients of all rounds (their sum), reduces them over the processes, and steps.
 
         rounds: sequence of (real_img, real_c, gen_z, gen_c). The gain is the interval, so that a lazy phase
-        weighs the same as if it ran in every iteration.
+        weighs the same as if it ran in every iteration. `Progress/nonfinite` counts the gradients' values that were
+        not finite.
         """
         with self.timer:
             self.optimizer.zero_grad(set_to_none=True)
@@ -54,7 +55,8 @@ class Phase:
             for real_img, real_c, gen_z, gen_c in rounds:
                 loss.accumulate_gradients(self.name, real_img, real_c, gen_z, gen_c, gain=self.interval)
             self.module.requires_grad_(False)
-            distributed.all_reduce_gradients(self.parameters)
+            mended = distributed.all_reduce_gradients(self.parameters)
+            training_stats.report("Progress/nonfinite", mended)
             self.optimizer.step()
 
 

@@ -22,12 +22,16 @@ from training import checkpoint, controllers, phases, snapshot
 CHECKPOINT_SECONDS = 600  # a checkpoint at least this often, whatever --snap says
 
 STANDARD_HOOKS = [
+    "training.hooks.ProgressBar",
     "training.hooks.StatusLine",
     "training.hooks.ImageGrids",
     "training.hooks.Snapshots",
     "training.hooks.StatsLog",
     "training.hooks.Checkpoints",
     "training.hooks.Metrics",
+    "training.hooks.KeepBest",
+    "training.hooks.KeepLast",
+    "training.trackers.Trackers",
     "training.hooks.Progress",
 ]
 
@@ -40,7 +44,7 @@ DEFAULTS = {
     ),
     **dict(augment_kwargs=None, augment_p=0, ada_target=None, ada_interval=4, ada_kimg=500),
     # where it starts from and how long it takes
-    **dict(resume_pkl=None, transfer="training.snapshot.transfer", exact_resume=False),
+    **dict(resume_pkl=None, resume_trust=False, transfer="training.snapshot.transfer", exact_resume=False),
     **dict(total_kimg=25000, kimg_per_tick=4, batch_size=4, batch_gpu=4, random_seed=0),
     # what it writes
     **dict(
@@ -49,6 +53,9 @@ DEFAULTS = {
         network_snapshot_ticks=50,
         metrics=[],
         metric_kwargs={},
+        best=None,
+        keep_last=None,
+        log=[],
         tick_hooks=[],
     ),
     # the machine
@@ -70,11 +77,13 @@ def complete_config(config):
 def training_loop(rank=0, abort_fn=None, progress_fn=None, **config):
     """Trains until total_kimg thousand images, a stop signal, or abort_fn() says so.
 
-    The options are the family's (see DEFAULTS), and: `device` ('cpu', 'cuda' or None: CUDA where there is
-    one), `exact_resume` (go on from run_dir/checkpoint.pt), `transfer` (dotted name of the function that
-    fills the networks from resume_pkl), `tick_hooks` (dotted names of further hooks), `metric_kwargs` (passed
-    on to the metrics). progress_fn(kimg, total_kimg) is called at the start and at every tick. Returns True
-    when training is complete, False when it was stopped (the checkpoint is written then).
+    The options are the family's (see DEFAULTS), and: `device` ('cpu', 'cuda' or None: CUDA where there is one),
+    `exact_resume` (go on from run_dir/checkpoint.pt), `transfer` (dotted name of the function that fills the
+    networks from resume_pkl), `resume_trust` (that file may run its own code), `tick_hooks` (dotted names of
+    further hooks), `metric_kwargs` (passed on to the metrics), `best` (a name for running.parse_best, or None),
+    `keep_last` (how many snapshots to keep, None: all), `log` (names of trackers.TRACKERS).
+    progress_fn(kimg, total_kimg) is called at the start and at every tick. Returns True when training is complete,
+    False when it was stopped (the checkpoint is written then).
     """
     run = Run(complete_config(config), rank, abort_fn, progress_fn)
     with StopSignals(verbose=run.is_main) as stop:
@@ -162,15 +171,20 @@ class Run:
         self.stop = None
         self.done = False
         self.began = time.time()
+        self.hooks = []
+        self.clear_line = lambda: None  # takes away what is drawn on the terminal's last line
 
     def say(self, text):
         """Prints on the main process."""
         if self.is_main:
+            self.clear_line()
             with contextlib.suppress(BrokenPipeError):  # a reader that left must not end a training
                 print(text, flush=True)
 
     def close(self):
-        """Ends the processes that load data."""
+        """Lets the hooks finish and ends the processes that load data."""
+        for hook in self.hooks:
+            hook.close()
         shut_down = getattr(getattr(self, "batches", None), "_shutdown_workers", None)
         if shut_down is not None:
             shut_down()
@@ -189,10 +203,9 @@ class Run:
     def start(self):
         """Builds everything, fills it from a snapshot or a checkpoint, and lets the hooks begin."""
         c = self.c
-        if self.device.type == "cuda":
-            torch.backends.cudnn.benchmark = c.cudnn_benchmark
-            torch.backends.cuda.matmul.allow_tf32 = c.allow_tf32
-            torch.backends.cudnn.allow_tf32 = c.allow_tf32
+        torch.backends.cudnn.benchmark = c.cudnn_benchmark
+        torch.backends.cuda.matmul.allow_tf32 = c.allow_tf32
+        torch.backends.cudnn.allow_tf32 = c.allow_tf32
         np.random.seed(c.random_seed * c.num_gpus + self.rank)
         torch.manual_seed(c.random_seed)  # every process builds the same networks
         self._load_data()
@@ -215,6 +228,7 @@ class Run:
             dnnlib.util.construct_class_by_name(self, class_name=name)
             for name in [*STANDARD_HOOKS, *c.tick_hooks]
         ]
+        self.pictures, self.results = {}, {}
         for hook in self.hooks:
             hook.start()
         self.batches = self._iterate_data()
@@ -332,9 +346,15 @@ class Run:
 
     def _transfer(self):
         self.say(f'Resuming from "{self.c.resume_pkl}"')
-        source = snapshot.load_network_pkl(self.c.resume_pkl)
+        source = snapshot.load_network_pkl(self.c.resume_pkl, trust=self.c.resume_trust)
         rows = dnnlib.util.call_func_by_name(source, self.G, self.D, self.G_ema, func_name=self.c.transfer)
         self.say(snapshot.coverage_table(rows))
+        strength = 0.0 if source["augment_pipe"] is None else float(source["augment_pipe"].p)
+        if strength > 0 and self.c.ada_target is not None and self.c.augment_p == 0:
+            self.say(
+                f"Its augmentation strength was {strength:.3f}, this run begins with 0:"
+                " --initstrength=resume takes it over"
+            )
         self.say("")
 
     # --- one iteration --------------------------------------------------------------------------------------
@@ -353,6 +373,8 @@ class Run:
         self.counters.nimg += c.batch_size
         self.augment.update(c.batch_size, batch_idx)
         self.done = self.counters.nimg >= c.total_kimg * 1000
+        for hook in self.hooks:
+            hook.step()
 
     def _next_batch(self):
         img, label = next(self.batches)
@@ -391,6 +413,7 @@ class Run:
             self.say("Aborting...")
         counters.tick += 1
         counters.tick_start_nimg = counters.nimg
+        self.pictures, self.results = {}, {}
         for hook in self.hooks:
             hook.tick()
         self.tick_began, self.tick_began_nimg = time.time(), counters.nimg

@@ -67,6 +67,24 @@ class TestReport:
         assert collector["a"] == math.inf and math.isnan(collector.std("a"))
         assert math.isnan(collector["b"]) and math.isnan(collector.std("b")) and collector.num("b") == 2
 
+    def test_values_that_are_not_finite_spoil_their_interval_only(self, stats):
+        """For every collector, however often it is updated."""
+        often, seldom = stats.Collector(), stats.Collector()
+        stats.report("a", [1, math.nan])
+        often.update()
+        assert math.isnan(often["a"]) and often.num("a") == 2
+        stats.report("a", [3, 5])
+        for collector in (often, seldom):
+            collector.update()
+        assert often["a"] == 4 and often.std("a") == 1
+        assert math.isnan(seldom["a"]) and seldom.num("a") == 4
+        stats.report("a", 7)
+        late = stats.Collector()
+        stats.report("a", 9)
+        for collector in (often, seldom, late):
+            collector.update()
+        assert often["a"] == seldom["a"] == 8 and late["a"] == 9
+
     def test_constant_values_have_no_deviation(self, stats):
         collector = stats.Collector()
         stats.report("a", [0.1] * 9)
