@@ -9,10 +9,9 @@ import re
 from collections.abc import Mapping
 
 import numpy as np
-import torch
 
 from torch_utils.ops import bias_act
-from training.formats.building import fill, layout, named_tensors
+from training.formats.building import fill, layout, translated
 from training.networks import ARCHITECTURES, Discriminator, Generator
 
 OLDEST_VERSION = 4
@@ -225,46 +224,24 @@ def _alias(variables, pattern, target, resolution):
 def _build(cls, kwargs, variables, layers, owner):
     """The network, each of its tensors from the variable that stands for it; further variables have no use here."""
     network = layout(cls, kwargs, len(variables))
-    tensors = {}
-    for name, place in named_tensors(network).items():
-        if name.endswith("resample_filter"):  # follows from the arguments
-            tensors[name] = place
-        else:
-            theirs, change = _counterpart(name, layers)
-            try:
-                tensors[name] = _tensor(variables, theirs, LAYOUTS[change], place.shape)
-            except ValueError as err:
-                raise ValueError(f"TensorFlow network {owner}: variable {theirs} {err} for {name}") from err
+    tensors = translated(
+        network, variables, lambda name: _counterpart(name, layers), f"TensorFlow network {owner}: variable"
+    )
     return fill(network, tensors).eval().requires_grad_(False)
 
 
 def _counterpart(name, layers):
-    """(TensorFlow's name, layout) of one of our tensors."""
+    """(TensorFlow's name, change of layout) of one of our tensors."""
     if name in GENERATOR_TENSORS:
-        return GENERATOR_TENSORS[name]
+        theirs, change = GENERATOR_TENSORS[name]
+        return theirs, LAYOUTS[change]
     noise = re.fullmatch(r"synthesis\.b(\d+)\.conv([01])\.noise_const", name)
     if noise:  # numbered from the first layer, b4.conv1, on
         level = int(noise[1]).bit_length() - 1
-        return f"synthesis/noise{2 * level - 5 + int(noise[2])}", "noise"
+        return f"synthesis/noise{2 * level - 5 + int(noise[2])}", LAYOUTS["noise"]
     for pattern, (layer, weight_layout) in layers.items():
         match = re.fullmatch(rf"{pattern}\.(?P<leaf>.+)", name)
         if match:
             leaf, change = {**LEAVES, "weight": ("weight", weight_layout)}[match["leaf"]]
-            return f"{match.expand(layer)}/{leaf}", change
+            return f"{match.expand(layer)}/{leaf}", LAYOUTS[change]
     raise AssertionError(f"no TensorFlow variable stands for {name}")
-
-
-def _tensor(variables, name, change, shape):
-    """The variable as a tensor of our layout; ValueError with the end of a sentence about it."""
-    if name not in variables:
-        raise ValueError(f"is missing, expected {list(shape)}")
-    value = variables[name]
-    if not isinstance(value, (np.ndarray, np.floating)) or value.dtype.kind != "f":
-        raise ValueError("is not an array of floats")
-    try:
-        tensor = change(torch.from_numpy(np.array(value, dtype=np.float32)))
-    except (IndexError, RuntimeError):  # too few or too many dimensions for its layout
-        tensor = None
-    if tensor is None or tensor.shape != shape:
-        raise ValueError(f"has shape {list(value.shape)}, expected that of {list(shape)}")
-    return tensor
