@@ -112,6 +112,11 @@ def _options(command):
             metavar="WHAT",
         ),
         opt(
+            "--allow-partial",
+            help="Differences that the --resume file may have: resolution, widths, mapping, labels",
+            type=CommaList(),
+        ),
+        opt(
             "--workers",
             help="DataLoader worker processes",
             type=click.IntRange(min=0),

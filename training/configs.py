@@ -353,13 +353,26 @@ def resolve_resume(text):
 
 def _resume(c, opts):
     if opts.resume is None or opts.resume == "noresume":
+        if opts.allow_partial:
+            raise ConfigError("--allow-partial has no use without --resume=<networks to start from>")
         return [opts.resume]
+    c.allow_partial = _allow_partial(opts)
     c.resume_pkl = resolve_resume(opts.resume)
     if not (dnnlib.util.is_url(c.resume_pkl, allow_file_urls=True) or os.path.isfile(c.resume_pkl)):
         raise ConfigError(f"--resume: {opts.resume} is neither a run directory, a file, nor a URL")
     c.ema_rampup = None
     c.setdefault("ada_kimg", 100)
     return [f"resume{opts.resume}" if opts.resume in PUBLISHED else "resumecustom"]
+
+
+def _allow_partial(opts):
+    from training.transfer import CATEGORIES
+
+    allow = list(opts.allow_partial or [])
+    for name in allow:
+        if name not in CATEGORIES:
+            raise ConfigError(f"--allow-partial={name} is not known; there are {', '.join(CATEGORIES)}")
+    return allow
 
 
 def _plugin_options(opts):
