@@ -175,18 +175,17 @@ def coverage_table(rows_by_net):
     """Text of how many tensors and values of each network were copied, start anew, or are left behind, and which."""
     columns = {"copied": ["copied", "rescaled"], "re-initialised": ["re-initialised"], "unused": ["unused"]}
     lines = ["network   " + "".join(f"{title:>15}{'values':>12}" for title in columns)]
-    names = []
+    groups = {}  # (names of tensors, what, category) -> networks
     for net, rows in rows_by_net.items():
         line = f"{net:<10}"
         for kinds in columns.values():
             shapes = [row.shape for row in rows if row.what in kinds]
             line += f"{len(shapes):>15,}{sum(map(math.prod, shapes)):>12,}"
         lines.append(line)
-        groups = {}
-        for row in rows:
-            if row.what != "copied":
-                groups.setdefault((row.what, row.category), []).append(row.name)
-        for (what, category), found in groups.items():
-            more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-            names.append(f"{net} {what} ({category}): {', '.join(found[:3])}{more}")
-    return "\n".join(lines + names)
+        for what, category in dict.fromkeys((row.what, row.category) for row in rows if row.what != "copied"):
+            found = tuple(row.name for row in rows if (row.what, row.category) == (what, category))
+            groups.setdefault((found, what, category), []).append(net)
+    for (found, what, category), nets in groups.items():
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        lines.append(f"{', '.join(nets)} {what} ({category}): {', '.join(found[:3])}{more}")
+    return "\n".join(lines)

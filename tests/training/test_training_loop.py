@@ -218,7 +218,9 @@ def test_transfer_with_allowed_differences(pictures, tmp_path, capsys):
     source = snapshot.load_network_pkl(path)
     assert torch.equal(run.G.mapping.fc0.weight, source["G"].mapping.fc0.weight)
     assert torch.equal(run.G.mapping.fc1.weight, run.G_ema.mapping.fc1.weight)
-    assert "G re-initialised (mapping): mapping.fc1.weight, mapping.fc1.bias" in capsys.readouterr().out
+    assert (
+        "G, G_ema re-initialised (mapping): mapping.fc1.weight, mapping.fc1.bias" in capsys.readouterr().out
+    )
 
 
 def test_metrics_of_snapshots_and_one_that_fails(pictures, tmp_path, monkeypatch, capsys):

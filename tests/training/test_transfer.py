@@ -306,15 +306,15 @@ def test_table():
     assert G == ["G", str(len(mine)), str(total), "0", "0", "6", str(2 * (64 + 8) + 3 * 8 + 8)]
     assert len(given) == len(mine) + 6
     assert lines[4:7] == [
-        "G rescaled (labels): mapping.fc0.weight",
-        "G unused (labels): mapping.embed.weight, mapping.embed.bias",
-        "G unused (mapping): mapping.fc2.weight, mapping.fc2.bias, mapping.fc3.weight and 1 more",
+        "G, G_ema rescaled (labels): mapping.fc0.weight",
+        "G, G_ema unused (labels): mapping.embed.weight, mapping.embed.bias",
+        "G, G_ema unused (mapping): mapping.fc2.weight, mapping.fc2.bias, mapping.fc3.weight and 1 more",
     ]
+    assert lines[7].startswith("D re-initialised (labels): ") and len(lines) == 9
 
 
 def test_table_of_an_exact_start():
     rows = start(networks(), networks([2, 2]), grid=[2, 2])
     lines = transfer.coverage_table(rows).splitlines()
-    assert len(lines) == 6 and lines[4].startswith(
-        "G re-initialised (new in this kind of network): synthesis.b4."
-    )
+    assert len(lines) == 5
+    assert lines[4].startswith("G, G_ema re-initialised (new in this kind of network): synthesis.b4.")

@@ -7,8 +7,9 @@ nothing of how its networks are made: that is inferred from the tensors.
 
 import argparse
 import functools
+import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import BinaryIO
 
 import torch
@@ -20,6 +21,8 @@ from training.networks import Discriminator, Generator
 FILTER = [1, 3, 3, 1]
 LARGEST_RESOLUTION = 4096
 W_AVG_SAMPLES = 10000
+
+log = logging.getLogger(__name__)
 
 # Our tensors within a layer -> (theirs, change of layout).
 LAYER = {
@@ -63,33 +66,48 @@ def recognises(obj: object) -> bool:
     return any(isinstance(net, Mapping) and "input.input" in net for net in nets)
 
 
-def convert(checkpoint: Mapping, say: Callable[[str], None] = print) -> dict:
+def _note(line):
+    log.warning("Note: %s", line)
+
+
+def convert(
+    checkpoint: Mapping, say: Callable[[str], None] = _note, only: Collection[str] | None = None
+) -> dict:
     """The networks of a checkpoint as dict(G=, D=, G_ema=), in eval mode and without gradients.
 
-    What the file lacks is replaced, and say(line) says so: G by g_ema (or the reverse), D by an untrained one of the
-    generator's widths, the stored noise by fixed random noise, w_avg by a mean over 10,000 latents. ValueError, in one
-    line, for a file of another architecture, and for a tensor that is missing, of another shape, or without a place.
+    only: the networks that are wanted, None for all of them. What the file lacks is replaced, and say(line) says so: G
+    by g_ema (or the reverse), D by an untrained one of the generator's widths, the stored noise by fixed random noise,
+    w_avg by a mean over 10,000 latents. ValueError, in one line, for a file of another architecture, and for a tensor
+    that is missing, of another shape, or without a place.
     """
     states = {key: checkpoint[key] for key in ["g", "d", "g_ema"] if isinstance(checkpoint.get(key), Mapping)}
     if "g_ema" not in states and "g" not in states:
         raise ValueError("no generator: neither g_ema nor g is there")
     for key, state in states.items():
         _check_architecture(key, state, checkpoint.get("args"))
-    for key, other in [("g_ema", "g"), ("g", "g_ema")]:
-        if key not in states:
-            say(f"{key} is not in the file: it starts as {other}")
-            states[key] = states[other]
+    said = set()
+
+    def say_once(line):
+        if line not in said:
+            said.add(line)
+            say(line)
+
     result = {}
-    for name, key in [("G", "g"), ("G_ema", "g_ema")]:
-        quiet = name == "G_ema" and states["g"] is states["g_ema"]  # said already
-        tell = (lambda line: None) if quiet else say
-        result[name] = _generator(states[key], key, checkpoint.get("latent_avg"), tell)
-    if "d" in states:
-        result["D"] = _discriminator(states["d"])
-    else:
-        say("d is not in the file: the discriminator is new and untrained")
-        result["D"] = _untrained_discriminator(result["G_ema"])
-    return {name: result[name].eval().requires_grad_(False) for name in ["G", "D", "G_ema"]}
+    for name, key, other in [("G", "g", "g_ema"), ("D", "d", None), ("G_ema", "g_ema", "g")]:
+        if only is not None and name not in only:
+            continue
+        if name != "D":
+            if key not in states:
+                say(f"{key} is not in the file: it starts as {other}")
+                key = other
+            result[name] = _generator(states[key], key, checkpoint.get("latent_avg"), say_once)
+        elif key in states:
+            result[name] = _discriminator(states[key])
+        else:
+            say("d is not in the file: the discriminator is new and untrained")
+            key = "g_ema" if "g_ema" in states else "g"
+            result[name] = _untrained_discriminator(_generator_kwargs(states[key], key))
+    return {name: net.eval().requires_grad_(False) for name, net in result.items()}
 
 
 def _check_architecture(key, state, args):
@@ -109,26 +127,31 @@ def _check_architecture(key, state, args):
                 raise ValueError(f"{key}: {name} is not the filter {FILTER}")
 
 
-def _generator(state, key, latent_avg, say):
-    """A generator from its state dict."""
+def _generator_kwargs(state, key):
+    """The constructor's arguments of a generator, from the shapes in its state dict."""
     num_convs = _count(state, "convs.{}.conv.weight", 0)
     resolution = _resolution(key, num_convs, 2)
     channels = {4: _size(state, key, "input.input", 1)}
     for k in range(num_convs // 2):
         channels[8 << k] = _size(state, key, f"convs.{2 * k + 1}.conv.weight", 1)
     w_dim = _size(state, key, "style.1.weight", 1)
-    kwargs = dict(
+    return dict(
         z_dim=w_dim, c_dim=0, w_dim=w_dim, img_resolution=resolution,
         img_channels=_size(state, key, "to_rgb1.conv.weight", 1),
         mapping_kwargs=dict(num_layers=_count(state, "style.{}.weight", 1)),
         synthesis_kwargs=dict(_widths(key, channels), architecture="skip"),
     )  # fmt: skip
+
+
+def _generator(state, key, latent_avg, say):
+    """A generator from its state dict."""
+    kwargs = _generator_kwargs(state, key)
     network = layout(Generator, kwargs, len(state))
     theirs = dict(state)
     if not any(name.startswith("noises.") for name in theirs):
         say(f"{key}: the file has no noise of its own; constant noise is random, from a fixed seed")
-        theirs.update(_fixed_noise(num_convs))
-    theirs["latent_avg"] = torch.zeros(w_dim) if latent_avg is None else latent_avg
+        theirs.update(_fixed_noise(network.synthesis.block_resolutions))
+    theirs["latent_avg"] = torch.zeros(network.w_dim) if latent_avg is None else latent_avg
     _fill(network, theirs, _generator_counterpart, key)
     if latent_avg is None:
         say(f"{key}: the file has no latent_avg; w_avg is the mean of w over {W_AVG_SAMPLES} latents")
@@ -192,12 +215,14 @@ def _discriminator_counterpart(name, resolution):
     return f"{layers[leaf == 'bias']}.{leaf}", lambda t: t
 
 
-def _untrained_discriminator(G):
+def _untrained_discriminator(G_kwargs):
     """A new discriminator of the widths of a generator; always the same one."""
-    widths = {k: G.init_kwargs.synthesis_kwargs[k] for k in ["channel_base", "channel_max"]}
+    widths = {k: G_kwargs["synthesis_kwargs"][k] for k in ["channel_base", "channel_max"]}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Discriminator(**_discriminator_kwargs(G.img_resolution, G.img_channels, widths))
+        return Discriminator(
+            **_discriminator_kwargs(G_kwargs["img_resolution"], G_kwargs["img_channels"], widths)
+        )
 
 
 def _fill(network, theirs, counterpart, key):
@@ -220,9 +245,9 @@ def _mean_w(G):
         ).mean(dim=0)
 
 
-def _fixed_noise(num_convs):
+def _fixed_noise(resolutions):
     generator = torch.Generator().manual_seed(0)
-    sides = [4] + [8 << (i // 2) for i in range(num_convs)]
+    sides = [side for side in resolutions for _layer in range(2)][1:]  # one layer at 4x4, then two at each
     return {
         f"noises.noise_{i}": torch.randn([1, 1, side, side], generator=generator)
         for i, side in enumerate(sides)

@@ -6,7 +6,7 @@ Such a pickle holds three networks (G, D, Gs): objects with `version`, `static_k
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -126,17 +126,22 @@ def recognises(obj: object) -> bool:
     )
 
 
-def convert(G, D, Gs) -> dict:
+def convert(G, D, Gs, only: Collection[str] | None = None) -> dict:
     """The networks of a TensorFlow pickle as dict(G=, D=, G_ema=), in eval mode and without gradients.
 
+    only: the networks that are wanted, None for all of them.
     G, D, Gs: objects with `version`, `static_kwargs`, `variables` and `components` (see the head of this module).
     ValueError, in one line, for versions and arguments that are not known, and for a variable that is missing or of a
     shape that the arguments do not imply.
     """
     for net in [G, D, Gs]:
-        if not isinstance(net.version, int) or net.version < OLDEST_VERSION:
+        version = getattr(net, "version", None)
+        if not isinstance(version, int) or version < OLDEST_VERSION:
             raise ValueError("TensorFlow pickle version too low")
-    return dict(G=_generator(G, "G"), D=_discriminator(D), G_ema=_generator(Gs, "Gs"))
+    readers = dict(
+        G=lambda: _generator(G, "G"), D=lambda: _discriminator(D), G_ema=lambda: _generator(Gs, "Gs")
+    )
+    return {name: read() for name, read in readers.items() if only is None or name in only}
 
 
 def _generator(net, name):

@@ -133,6 +133,27 @@ def test_old_files_without_noise(golden):
     close(G(expected["z"], None, noise_mode="none"), full(expected["z"], None, noise_mode="none"))
 
 
+def test_only_what_is_wanted():
+    """Of what is not wanted nothing is said, and it may be broken."""
+    checkpoint, said = load(), []
+    del checkpoint["g"]
+    checkpoint["d"] = dict(broken=torch.zeros(1))
+    assert list(rosinality.convert(checkpoint, say=said.append, only=["G_ema"])) == ["G_ema"] and said == []
+    with pytest.raises(ValueError, match="d: 0 convolutions are not"):
+        rosinality.convert(checkpoint, only=["D"])
+    del checkpoint["d"]
+    assert list(rosinality.convert(checkpoint, say=said.append, only=["D"])) == ["D"] and len(said) == 1
+
+
+def test_notes_are_logged(caplog):
+    checkpoint = load()
+    del checkpoint["d"]
+    rosinality.convert(checkpoint)
+    assert [r.getMessage() for r in caplog.records] == [
+        "Note: d is not in the file: the discriminator is new and untrained"
+    ]
+
+
 # --- widths -------------------------------------------------------------------------------------------------
 
 

@@ -67,6 +67,12 @@ def test_networks_are_ready_for_a_snapshot(golden):
     assert nets["G"].init_kwargs.synthesis_kwargs["resample_filter"] == [1, 3, 3, 1]
 
 
+def test_only_what_is_wanted():
+    nets = written()
+    nets[0].variables = nets[1].variables = "broken"
+    assert list(tensorflow.convert(*nets, only=["G_ema"])) == ["G_ema"]
+
+
 # --- networks written in TensorFlow's layout ----------------------------------------------------------------
 
 
