@@ -253,7 +253,10 @@ def test_networks_that_know_squares_only_are_named(tmp_path):
 def test_a_source_of_another_shape_is_refused(stylegan2_pkl, tmp_path):
     data = picture_folder(tmp_path / "wide", 32, 24)
     message = error("--cfg=ssn", data, f"--resume={stylegan2_pkl}")
-    assert message == "--resume: the network makes 32x32 pictures, --data has 32x24"
+    assert message == (
+        "--resume: the network makes 32x32 pictures, --data has 32x24;"
+        " --allow-partial=resolution takes what they share"
+    )
 
 
 def test_help_shows_plugin_options_under_their_heading():

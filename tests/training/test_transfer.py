@@ -20,11 +20,14 @@ def tensors(network):
 
 
 def networks(
-    grid=None, res=16, base=64, most=8, layers=2, classes=0, z=8, w=8, seed=0, G_arch="skip", D_arch="resnet"
-):
+    grid=None, res=16, base=64, most=8, layers=2, classes=0, z=8, w=8, seed=0, G_arch="skip", D_arch="resnet",
+    shape=None,
+):  # fmt: skip
     """dict of small networks without two equal values; G_ema differs from G. grid: makes the generators spatial."""
     torch.manual_seed(seed)
     data = dict(c_dim=classes, img_resolution=res, img_channels=3)
+    if shape:
+        data.update(img_resolution=max(shape), img_shape=shape)
     widths = dict(channel_base=base, channel_max=most)
     kwargs = dict(z_dim=z, w_dim=w, mapping_kwargs=dict(num_layers=layers))
     kwargs["synthesis_kwargs"] = dict(widths, architecture=G_arch)
@@ -61,6 +64,8 @@ def equal(a, b):
 
 SETTINGS = {
     "resolution": (dict(res=16), dict(res=32)),
+    "resolution, as many blocks": (dict(res=16), dict(shape=[16, 24])),
+    "resolution, fewer blocks": (dict(res=32), dict(shape=[24, 32])),
     "widths": (dict(most=8), dict(most=16, base=128)),
     "mapping": (dict(layers=2), dict(layers=5)),
     "mapping, conditional": (dict(layers=2, classes=3), dict(layers=5, classes=3)),
@@ -119,6 +124,14 @@ def test_blocks_of_other_resolutions():
     assert {name.split(".")[0] for name in names(rows, "D", "unused")} == {"b32"}
     new = {"b16.fromrgb.weight", "b16.fromrgb.bias", "b16.fromrgb.resample_filter"}
     assert names(rows, "D", "re-initialised") == new and not names(rows, "G", "re-initialised")
+
+
+def test_square_from_another_shape():
+    """All but what has one value per pixel is copied."""
+    rows = start(networks(shape=[16, 24]), networks(), ["resolution"])
+    own = names(rows, "G", "re-initialised")
+    assert {name.rsplit(".", 1)[1] for name in own} == {"const", "noise_const"} and len(own) == 1 + 5
+    assert names(rows, "D", "re-initialised") == {"b4.fc.weight"}
 
 
 def test_two_mapping_layers_from_eight():

@@ -343,7 +343,8 @@ def test_missing_and_wrong_variables_are_named(net, part, name, message):
 @pytest.mark.parametrize("changes,message", [
     (dict(resolution=2**30), "argument img_resolution is 1073741824, the most"),
     (dict(resolution=2**20, fmap_base=2**22), "variable synthesis/32x32/Conv0_up/weight is missing|has more than"),
-    (dict(resolution=24), "resolution must be a power of two"),
+    (dict(resolution=24), r"variable synthesis/4x4/Const/const has shape \[1, 8, 4, 4\], expected that of \[8, 6, 6\]"),
+    (dict(resolution=2), "Generator cannot be built from its arguments: "),
     (dict(resolution="16"), "TensorFlow kwarg resolution is '16', not a whole number"),
     (dict(fmap_base=10**15), "argument channel_base is 2000000000000000, the most"),
     (dict(fmap_base=1.5), "TensorFlow kwarg fmap_base is 1.5, not a whole number"),
