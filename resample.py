@@ -38,7 +38,8 @@ OPTIONS = [
     click.Option(["--trust-pickle"], is_flag=True,
                  help="Run the code that --network holds; only for files that you trust"),
     click.Option(["--outdir"], metavar="DIR", default="out", show_default=True, help="Parent of the folders"),
-    click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True),
+    click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+                 help="Where to compute: auto takes CUDA where there is one"),
 ]  # fmt: skip
 
 HELP = """Re-draw chosen blocks of pictures and leave the rest as it is.

@@ -107,6 +107,11 @@ GROUPS = {
             + ", ".join(configs.PUBLISHED)
             + "): a new run from its networks  [default: noresume]",
         ),
+        "--allow-partial": dict(
+            type=CommaList(),
+            metavar="LIST",
+            help="Differences that the --resume file may have: resolution, widths, mapping, labels",
+        ),
         "--freezed": dict(
             type=int, metavar="INT", help="Freeze the N highest-resolution layers of D  [default: 0]"
         ),

@@ -27,7 +27,10 @@ def ssn(c, opts):
         grid = parse_grid(opts.latent_grid) if opts.latent_grid else None
     except ValueError as err:
         raise ConfigError(f"--latent-grid={err}") from err
-    plain, old_grid = (c.G_kwargs, None) if opts.source is None else widths_of(opts.source, c, opts.img_shape)
+    any_size = "resolution" in (opts.allow_partial or [])
+    plain, old_grid = c.G_kwargs, None
+    if opts.source is not None:
+        plain, old_grid = widths_of(opts.source, c, None if any_size else opts.img_shape)
     height, width = opts.img_shape
     grid = grid or old_grid or default_grid(height, width)
     if grid[0] > height or grid[1] > width:
@@ -55,12 +58,16 @@ def widths_of(source, c, img_shape):
     """(constructor arguments of a plain generator, grid of a spatial source or None) from the networks of a
     snapshot; sets c.D_kwargs likewise.
 
-    img_shape: [H, W] of the data set, which must be the network's.
+    img_shape: [H, W] of the data set, which must be the network's; None takes any network, whose widths go on to
+    further blocks as its channel_base says.
     """
     G, D = source["G_ema"], source["D"]
-    if shape_of(G) != img_shape:
+    if img_shape is not None and shape_of(G) != img_shape:
         sizes = [f"{width}x{height}" for height, width in (shape_of(G), img_shape)]
-        raise ConfigError(f"--resume: the network makes {sizes[0]} pictures, --data has {sizes[1]}")
+        raise ConfigError(
+            f"--resume: the network makes {sizes[0]} pictures, --data has {sizes[1]};"
+            " --allow-partial=resolution takes what they share"
+        )
     plain = _own_kwargs(G)
     old = plain.pop("latent_grid", None)
     if old is not None:

@@ -5,8 +5,8 @@ import copy
 import inspect
 
 from ssn_ext.blocks import default_grid
-from training import snapshot
 from training.shapes import shape_of
+from training.transfer import copy_networks
 
 
 def is_encoder(name):
@@ -15,30 +15,40 @@ def is_encoder(name):
     return any(part.startswith("encoder") for part in name.split("."))
 
 
-def transfer(source, G, D, G_ema):
+def transfer(source, G, D, G_ema, allow=()):
     """Fills G, D and G_ema from a snapshot of a StyleGAN2 or of a spatial generator; rows of the coverage
     table.
 
     Every tensor goes to its counterpart of the same name. A StyleGAN2's w_avg [C] becomes the same vector in
     every block; one of another grid is resampled. The encoder stays as it is where the source has none (the
-    training loop makes G_ema as a copy of G, so both have the same one). An unmatched tensor on either side
-    is a CoverageError.
+    training loop makes G_ema as a copy of G, so both have the same one). allow: differences that may be, of
+    training.transfer.CATEGORIES; any other is a CoverageError.
     """
-    return {
-        "G": spatial_from(source["G"], G),
-        "D": snapshot.copy_networks(source["D"], D),
-        "G_ema": spatial_from(source["G_ema"], G_ema),
+    pairs = {
+        "G": (_adapted(source["G"], G), G),
+        "D": (source["D"], D),
+        "G_ema": (_adapted(source["G_ema"], G_ema), G_ema),
     }
+    return copy_networks(pairs, allow, _fresh(source["G"]))
 
 
-def spatial_from(source, target):
-    """Copies a StyleGAN2 or spatial generator into a spatial one; returns rows (name, shape, what)."""
+def spatial_from(source, target, allow=()):
+    """Copies a StyleGAN2 or spatial generator into a spatial one; returns rows (see training.transfer)."""
+    return copy_networks({"G": (_adapted(source, target), target)}, allow, _fresh(source))["G"]
+
+
+def _fresh(source):
+    """Which tensors need no counterpart in the source: those of the encoder, where it has none."""
+    return (lambda name: False) if hasattr(source, "latent_grid") else is_encoder
+
+
+def _adapted(source, target):
+    """A copy of a generator whose w_avg is that of the target's grid."""
     adapted = copy.deepcopy(source).requires_grad_(False)
     if hasattr(adapted.mapping, "w_avg"):
         grid = getattr(source, "latent_grid", [1, 1])
         adapted.mapping.w_avg = spread(adapted.mapping.w_avg, grid, target.latent_grid)
-    spatial = hasattr(source, "latent_grid")
-    return snapshot.copy_networks(adapted, target, fresh=(lambda name: False) if spatial else is_encoder)
+    return adapted
 
 
 def spread(w_avg, grid, new_grid):

@@ -419,7 +419,10 @@ def test_networks_that_know_squares_only_are_named(tmp_path):
 def test_a_source_of_another_shape_is_refused(stylegan2_pkl, tmp_path):
     data = picture_folder(tmp_path / "wide", 32, 24)
     message = error("--cfg=ssn", data, f"--resume={stylegan2_pkl}")
-    assert message == "--resume: the network makes 32x32 pictures, --data has 32x24"
+    assert message == (
+        "--resume: the network makes 32x32 pictures, --data has 32x24;"
+        " --allow-partial=resolution takes what they share"
+    )
 
 
 HELP_GROUPS = {
@@ -427,7 +430,7 @@ HELP_GROUPS = {
     "Data": "--data --cond --subset --mirror",
     "Base config": "--cfg --gamma --kimg --batch --glr --dlr --set",
     "Augmentation": "--aug --p --target --augpipe --initstrength",
-    "Transfer": "--resume --freezed --trust-pickle",
+    "Transfer": "--resume --allow-partial --freezed --trust-pickle",
     "Performance": "--batch-gpu --precision --fp32 --nhwc --nobench --allow-tf32 --workers",
     "Logging": "--log --best --keep-last",
     "Options of ssn_ext": "--lambda-d --dist-blocks --latent-grid --encoder-init --demodulation",
@@ -513,6 +516,40 @@ def test_spatial_config_takes_the_grid_of_a_spatial_source(stylegan2_pkl, tmp_pa
     assert S.state_dict().keys() == dnnlib.util.construct_class_by_name(**kwargs).state_dict().keys()
     c = plan("--cfg=ssn", f"--resume={path}", "--latent-grid=4x4")
     assert c["G_kwargs"]["latent_grid"] == [4, 4] and c["G_kwargs"]["z_dim"] == 12 * 16
+
+
+def test_spatial_config_from_another_resolution(stylegan2_pkl, tmp_path):
+    """32x32 pictures from 16x16 networks: refused, or the widths go on as the source's do."""
+    G = Generator(
+        z_dim=12, w_dim=12, c_dim=0, img_resolution=16, img_channels=3,
+        synthesis_kwargs=dict(channel_base=128, channel_max=16),
+    )  # fmt: skip
+    D = Discriminator(c_dim=0, img_resolution=16, img_channels=3, channel_base=128, channel_max=16)
+    path = tmp_path / "16.pkl"
+    snapshot.save_network_pkl(path, G=G, D=D, G_ema=G)
+    message = error("--cfg=ssn", f"--resume={path}")
+    assert message.startswith("--resume: the network makes 16x16 pictures, --data has 32x32")
+    assert message.endswith("--allow-partial=resolution takes what they share")
+    c = plan("--cfg=ssn", f"--resume={path}", "--allow-partial=resolution")
+    data = dict(img_resolution=32, img_channels=3, c_dim=0)
+    S, new_D = (dnnlib.util.construct_class_by_name(**c[key], **data) for key in ["G_kwargs", "D_kwargs"])
+    rows = transfer.transfer(snapshot.load_network_pkl(path), S, new_D, S, c["allow_partial"])
+    new = {row.name for row in rows["G"] if row.what == "re-initialised"}
+    assert {name for name in new if "encoder" not in name} == {
+        name for name in S.state_dict() if name.startswith("synthesis.b32.") and "encoder" not in name
+    }
+    assert S.synthesis.b32.conv1.weight.shape[:2] == (4, 4)  # 128 // 32
+
+
+def test_allow_partial(stylegan2_pkl):
+    c = plan(f"--resume={stylegan2_pkl}", "--allow-partial=mapping, labels")
+    assert c["allow_partial"] == c["command"]["allow_partial"] == ["mapping", "labels"]
+    assert plan(f"--resume={stylegan2_pkl}")["allow_partial"] == []
+    assert "allow_partial" not in plan()
+    assert error(f"--resume={stylegan2_pkl}", "--allow-partial=mapping,depth") == (
+        "--allow-partial=depth is not known; there are resolution, widths, mapping, labels"
+    )
+    assert error("--allow-partial=mapping").startswith("--allow-partial has no use without --resume")
 
 
 def test_widths_without_a_source():

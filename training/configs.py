@@ -365,7 +365,10 @@ def resolve_resume(text):
 
 def _resume(c, opts):
     if opts.resume is None or opts.resume == "noresume":
+        if opts.allow_partial:
+            raise ConfigError("--allow-partial has no use without --resume=<networks to start from>")
         return [opts.resume]
+    c.allow_partial = _allow_partial(opts)
     c.resume_pkl = resolve_resume(opts.resume)
     if opts.trust_pickle:
         c.resume_trust = True
@@ -452,6 +455,16 @@ def _initial_strength(opts):
     if not 0 <= value < math.inf:
         raise ConfigError("--initstrength must be a non-negative number, or resume")
     return value
+
+
+def _allow_partial(opts):
+    from training.transfer import CATEGORIES
+
+    allow = list(opts.allow_partial or [])
+    for name in allow:
+        if name not in CATEGORIES:
+            raise ConfigError(f"--allow-partial={name} is not known; there are {', '.join(CATEGORIES)}")
+    return allow
 
 
 def _plugin_options(opts):

@@ -18,6 +18,7 @@ import dnnlib
 from torch_utils import distributed, misc, training_stats
 from torch_utils.images import to_float
 from training import checkpoint, controllers, phases, snapshot
+from training.transfer import coverage_table
 
 CHECKPOINT_SECONDS = 600  # a checkpoint at least this often, whatever --snap says
 
@@ -44,7 +45,8 @@ DEFAULTS = {
     ),
     **dict(augment_kwargs=None, augment_p=0, ada_target=None, ada_interval=4, ada_kimg=500),
     # where it starts from and how long it takes
-    **dict(resume_pkl=None, resume_trust=False, transfer="training.snapshot.transfer", exact_resume=False),
+    **dict(resume_pkl=None, resume_trust=False, transfer="training.transfer.transfer", allow_partial=[]),
+    **dict(exact_resume=False),
     **dict(total_kimg=25000, kimg_per_tick=4, batch_size=4, batch_gpu=4, random_seed=0),
     # what it writes
     **dict(
@@ -79,11 +81,11 @@ def training_loop(rank=0, abort_fn=None, progress_fn=None, **config):
 
     The options are the family's (see DEFAULTS), and: `device` ('cpu', 'cuda' or None: CUDA where there is one),
     `exact_resume` (go on from run_dir/checkpoint.pt), `transfer` (dotted name of the function that fills the
-    networks from resume_pkl), `resume_trust` (that file may run its own code), `tick_hooks` (dotted names of
-    further hooks), `metric_kwargs` (passed on to the metrics), `best` (a name for running.parse_best, or None),
-    `keep_last` (how many snapshots to keep, None: all), `log` (names of trackers.TRACKERS).
-    progress_fn(kimg, total_kimg) is called at the start and at every tick. Returns True when training is complete,
-    False when it was stopped (the checkpoint is written then).
+    networks from resume_pkl), `allow_partial` (differences that it may meet, see training.transfer), `resume_trust`
+    (that file may run its own code), `tick_hooks` (dotted names of further hooks), `metric_kwargs` (passed on to the
+    metrics), `best` (a name for running.parse_best, or None), `keep_last` (how many snapshots to keep, None: all),
+    `log` (names of trackers.TRACKERS). progress_fn(kimg, total_kimg) is called at the start and at every tick.
+    Returns True when training is complete, False when it was stopped (the checkpoint is written then).
     """
     run = Run(complete_config(config), rank, abort_fn, progress_fn)
     with StopSignals(verbose=run.is_main) as stop:
@@ -347,8 +349,9 @@ class Run:
     def _transfer(self):
         self.say(f'Resuming from "{self.c.resume_pkl}"')
         source = snapshot.load_network_pkl(self.c.resume_pkl, trust=self.c.resume_trust)
-        rows = dnnlib.util.call_func_by_name(source, self.G, self.D, self.G_ema, func_name=self.c.transfer)
-        self.say(snapshot.coverage_table(rows))
+        nets = [self.G, self.D, self.G_ema]
+        rows = dnnlib.util.call_func_by_name(source, *nets, self.c.allow_partial, func_name=self.c.transfer)
+        self.say(coverage_table(rows))
         strength = 0.0 if source["augment_pipe"] is None else float(source["augment_pipe"].p)
         if strength > 0 and self.c.ada_target is not None and self.c.augment_p == 0:
             self.say(

@@ -346,7 +346,7 @@ def test_transfer_refuses_what_does_not_match():
     G = plain_generator()
     wide = transfer.spatial_kwargs(dict(G.init_kwargs), GRID)
     wide["synthesis_kwargs"] = dict(wide["synthesis_kwargs"], channel_max=16)
-    with pytest.raises(ValueError, match="tensors do not match, first: synthesis.b4.const"):
+    with pytest.raises(ValueError, match="tensors do not match, first: G.synthesis.b4.const"):
         transfer.spatial_from(G, SpatialGenerator(**wide))
     deep = transfer.spatial_kwargs(dict(G.init_kwargs), GRID)
     deep["mapping_kwargs"] = dict(num_layers=2)  # the source's third layer would be left behind
@@ -358,9 +358,9 @@ def test_transfer_leaves_nothing_but_the_encoder_fresh():
     G = plain_generator()
     S = SpatialGenerator(**transfer.spatial_kwargs(dict(G.init_kwargs), GRID))
     rows = transfer.spatial_from(G, S)
-    fresh = [name for name, _shape, what in rows if what == "new"]
+    fresh = [row.name for row in rows if row.what == "re-initialised"]
     assert fresh and all("encoder" in name for name in fresh)
-    copied = {name for name, _shape, what in rows if what == "copied"}
+    copied = {row.name for row in rows if row.what == "copied"}
     theirs = {name for name, _tensor in itertools.chain(G.named_parameters(), G.named_buffers())}
     assert copied == theirs
 

@@ -15,6 +15,7 @@ import dnnlib
 from torch_utils import training_stats
 from training import checkpoint, phases, snapshot, training_loop
 from training.networks import Generator
+from training.transfer import CoverageError
 
 
 @pytest.fixture(autouse=True)
@@ -202,8 +203,24 @@ def test_transfer_refuses_other_widths(pictures, tmp_path):
     path = os.path.join(first.run_dir, "network-snapshot-000000.pkl")
     second = options(pictures, tmp_path / "second", resume_pkl=path)
     second.G_kwargs.mapping_kwargs.num_layers = 2
-    with pytest.raises(snapshot.CoverageError, match="fc1.weight .* has nothing to take"):
+    with pytest.raises(CoverageError, match="fc1.weight .* has nothing to take; .* --allow-partial=mapping"):
         training_loop.training_loop(**second)
+
+
+def test_transfer_with_allowed_differences(pictures, tmp_path, capsys):
+    first = options(pictures, tmp_path / "first")
+    training_loop.training_loop(**first)
+    path = os.path.join(first.run_dir, "network-snapshot-000000.pkl")
+    second = options(pictures, tmp_path / "second", resume_pkl=path, allow_partial=["mapping"])
+    second.G_kwargs.mapping_kwargs.num_layers = 2
+    run = training_loop.Run(training_loop.complete_config(second), rank=0)
+    run.start()
+    source = snapshot.load_network_pkl(path)
+    assert torch.equal(run.G.mapping.fc0.weight, source["G"].mapping.fc0.weight)
+    assert torch.equal(run.G.mapping.fc1.weight, run.G_ema.mapping.fc1.weight)
+    assert (
+        "G, G_ema re-initialised (mapping): mapping.fc1.weight, mapping.fc1.bias" in capsys.readouterr().out
+    )
 
 
 def test_metrics_of_snapshots_and_one_that_fails(pictures, tmp_path, monkeypatch, capsys):

@@ -6,7 +6,7 @@ arguments that ask for an absurd network cost nothing.
 """
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -77,6 +77,43 @@ def fill(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> torch
         parent, _dot, leaf = name.rpartition(".")
         setattr(network.get_submodule(parent), leaf, value)
     return network
+
+
+def translated(
+    network: torch.nn.Module, theirs: Mapping, counterpart: Callable[[str], tuple], what: str
+) -> dict:
+    """Tensors for `fill` from a file of other names and layouts: name -> tensor.
+
+    theirs: name -> tensor or array. counterpart(name of ours): (name of theirs, change of layout, a function of the
+    tensor). Filters follow from the arguments and stay as they are. ValueError, of which `what` is the beginning ('...:
+    variable'), for one that is missing or of another shape.
+    """
+    tensors = {}
+    for name, place in named_tensors(network).items():
+        if name.endswith("resample_filter"):
+            tensors[name] = place
+            continue
+        source, change = counterpart(name)
+        if source not in theirs:
+            raise ValueError(f"{what} {source} is missing, expected {list(place.shape)} for {name}")
+        value = _as_tensor(theirs[source], f"{what} {source}")
+        try:
+            tensors[name] = change(value)
+        except (IndexError, RuntimeError):  # too few or too many dimensions for its layout
+            tensors[name] = None
+        if tensors[name] is None or tensors[name].shape != place.shape:
+            raise ValueError(
+                f"{what} {source} has shape {list(value.shape)}, expected that of {list(place.shape)} for {name}"
+            )
+    return tensors
+
+
+def _as_tensor(value, what):
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, (np.ndarray, np.floating)) and value.dtype.kind == "f":
+        return torch.from_numpy(np.array(value, dtype=np.float32))
+    raise ValueError(f"{what} is not an array of floats")
 
 
 def one_line(err: BaseException) -> str:

@@ -29,7 +29,7 @@ def read_networks(
     if start.startswith(b"PK\x03\x04") or start.startswith(LEGACY_TORCH):
         from training.formats import rosinality
 
-        return rosinality.convert(rosinality.read_checkpoint(file))
+        return rosinality.convert(rosinality.read_checkpoint(file), only=only)
     if start[8:9] == b"{":
         from training.formats import tensors
 
@@ -44,7 +44,7 @@ def read_networks(
     if isinstance(data, tuple) and len(data) == 3 and all(isinstance(n, safe_pickle.TFNetwork) for n in data):
         from training.formats import tensorflow
 
-        return tensorflow.convert(*data)
+        return tensorflow.convert(*data, only=only)
     if not isinstance(data, dict):
         raise ValueError(f"it holds a {type(data).__name__}, expected a dict with {', '.join(NETWORK_KEYS)}")
     return data if trust else _rebuild_all(data, name, only)
