@@ -368,7 +368,9 @@ def _resume(c, opts):
         if opts.allow_partial:
             raise ConfigError("--allow-partial has no use without --resume=<networks to start from>")
         return [opts.resume]
-    c.allow_partial = _allow_partial(opts)
+    allow = _allow_partial(opts)
+    if allow:
+        c.allow_partial = allow
     c.resume_pkl = resolve_resume(opts.resume)
     if opts.trust_pickle:
         c.resume_trust = True
