@@ -73,8 +73,8 @@ def _resize_matrix(h, w, height, width, dtype, device):
             units = torch.eye(h * w, dtype=torch.float64).reshape(h * w, 1, h, w)
             matrix = _resize_map(units, height, width).flatten(1).t().contiguous()
             matrix = matrix.to(dtype=dtype, device=device)
-        if hasattr(matrix, "is_inference") and matrix.is_inference():
-            return matrix  # made in inference mode, which later gradients could not use
+        if type(matrix) is not torch.Tensor or (hasattr(matrix, "is_inference") and matrix.is_inference()):
+            return matrix  # a stand-in of torch.export, or one that later gradients could not use
         _matrices[key] = matrix
     return _matrices[key]
 
@@ -618,7 +618,8 @@ class SpatialGenerator(torch.nn.Module):
         mapping_kwargs={},
         synthesis_kwargs={},
         img_shape=None,
-    ):
+        **flat_synthesis_kwargs,
+    ):  # flat ones are how stylegan3's tools ask for half precision
         super().__init__()
         blocks = latent_grid[0] * latent_grid[1]
         assert z_dim % blocks == 0 and w_dim % blocks == 0, (
@@ -634,7 +635,7 @@ class SpatialGenerator(torch.nn.Module):
             img_channels=img_channels,
             latent_grid=latent_grid,
             **({} if img_shape is None else dict(img_shape=img_shape)),
-            **synthesis_kwargs,
+            **dict(synthesis_kwargs, **flat_synthesis_kwargs),
         )
         self.img_shape = list(self.synthesis.img_shape)
         self.num_ws = self.synthesis.num_ws

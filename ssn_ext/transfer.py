@@ -81,7 +81,8 @@ def constructor_kwargs(network):
     if len(own) < len(parameters):
         flat = {name: kwargs.pop(name) for name in list(kwargs) if name not in own}
         flat.pop("fused_modconv_default", None)
-        kwargs["synthesis_kwargs"] = {"conv_clamp": 256, "num_fp16_res": 4, **flat}
+        theirs = {} if "synthesis_kwargs" in own else {"conv_clamp": 256, "num_fp16_res": 4}
+        kwargs["synthesis_kwargs"] = {**theirs, **kwargs.get("synthesis_kwargs", {}), **flat}
     return kwargs
 
 

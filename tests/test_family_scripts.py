@@ -334,21 +334,14 @@ def test_half_precision(kind, generation, network_pkl):
         assert not (data[name].synthesis if hasattr(new, "synthesis") else data[name]).b16.use_fp16
 
 
-@pytest.mark.parametrize(
-    "generation",
-    [
-        2,
-        pytest.param(
-            3,
-            marks=pytest.mark.xfail(
-                raises=TypeError,
-                strict=True,
-                reason="stylegan3 puts the options at top level, where our generators do not take them",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("generation", [2, 3])
 def test_half_precision_of_a_generator_without_synthesis_kwargs(kind, generation):
+    if (
+        kind == "plain" and generation == 3
+    ):  # the signature is stylegan2-ada-pytorch's, whose own files fail there
+        with pytest.raises(TypeError):
+            Generator(z_dim=8, w_dim=8, c_dim=0, img_resolution=8, img_channels=3, num_fp16_res=4)
+        return
     sides = dict(c_dim=0, img_resolution=8, img_channels=3, mapping_kwargs=dict(num_layers=1))
     if kind == "plain":
         G = Generator(z_dim=8, w_dim=8, **sides)
