@@ -95,6 +95,7 @@ def _save(dest, kind, data, only):
     from training import snapshot
 
     if kind == ".pkl":
+        snapshot.check_snapshot(data, "--source")
         names = ["G", "D", "G_ema", "augment_pipe", "training_set_kwargs"]
         snapshot.save_network_pkl(dest, **{name: data[name] for name in names})
     elif kind == ".safetensors":

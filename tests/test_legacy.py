@@ -116,6 +116,10 @@ def test_safetensors_of_one_network_to_share(tmp_path):
     data = load_network_pkl(dest, only=["G_ema"])
     assert torch.equal(data["G_ema"].mapping.w_avg, load_network_pkl(DEMO)["G_ema"].mapping.w_avg)
     assert "D" not in data and data["training_set_kwargs"] is None
+    with open(dest, "rb") as f:  # the family's own lines
+        assert torch.equal(legacy.load_network_pkl(f)["G_ema"].mapping.w_avg, data["G_ema"].mapping.w_avg)
+    status, output = run("--source", dest, "--dest", tmp_path / "back.pkl")
+    assert status == 1 and "G is missing or not a network" in output
     dest.unlink()
     status, output = run("--source", DEMO, "--dest", dest)
     assert status == 1 and f"{dest}.json is there already; --overwrite replaces it" in output

@@ -541,6 +541,14 @@ def test_spatial_config_from_another_resolution(stylegan2_pkl, tmp_path):
     assert S.synthesis.b32.conv1.weight.shape[:2] == (4, 4)  # 128 // 32
 
 
+def test_a_file_with_the_average_alone_cannot_be_trained_on(stylegan2_pkl, tmp_path):
+    from training.formats import tensors
+
+    tensors.save(tmp_path / "net.safetensors", snapshot.load_network_pkl(stylegan2_pkl), only=["G_ema"])
+    message = error(f"--resume={tmp_path / 'net.safetensors'}", "--cfg=ssn")
+    assert "net.safetensors is not a network snapshot: G is missing" in message
+
+
 def test_allow_partial(stylegan2_pkl):
     c = plan(f"--resume={stylegan2_pkl}", "--allow-partial=mapping, labels")
     assert c["allow_partial"] == c["command"]["allow_partial"] == ["mapping", "labels"]

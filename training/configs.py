@@ -231,9 +231,9 @@ class Options(dnnlib.EasyDict):
             from training import snapshot
 
             try:
-                self["_source"] = snapshot.load_network_pkl(
-                    resolve_resume(self.resume), trust=bool(self.trust_pickle)
-                )
+                path = resolve_resume(self.resume)
+                data = snapshot.load_network_pkl(path, trust=bool(self.trust_pickle))
+                self["_source"] = snapshot.check_snapshot(data, path)
             except snapshot.SnapshotError as err:
                 raise ConfigError(f"--resume: {err}") from err
         return self["_source"]

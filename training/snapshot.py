@@ -46,7 +46,8 @@ def load_network_pkl(source, trust=False, force_fp16=False, only=None):
     read as data: known classes are rebuilt by our own code from their arguments and tensors, and nothing in the
     file is run. trust=True unpickles as Python does instead, which runs what the file says. force_fp16: the four
     highest resolutions compute in float16 (on CUDA). only: names of the networks that are wanted, such as
-    ['G_ema']; the others are left out and may be missing. Raises SnapshotError with one line for anything else.
+    ['G_ema']; the others are left out and may be missing, as G and D may in a safetensors file, which is made to
+    hold what is to be shared. Raises SnapshotError with one line for anything else.
     """
     load_plugins()  # their network classes
     is_file = hasattr(source, "read")
@@ -58,6 +59,7 @@ def load_network_pkl(source, trust=False, force_fp16=False, only=None):
                 file = stack.enter_context(dnnlib.util.open_url(name, verbose=False))
             if not file.seekable():
                 file = io.BytesIO(file.read())
+            shared = only is None and reading.kind_of(file) == "safetensors"
             data = reading.read_networks(file, name, trust, only)
         except OSError as err:
             raise SnapshotError(f"cannot read {name}: {err.strerror or err}") from err
@@ -70,7 +72,8 @@ def load_network_pkl(source, trust=False, force_fp16=False, only=None):
         except Exception as err:  # a wrong file can raise anything
             text = str(err) if isinstance(err, ValueError) else f"{type(err).__name__}: {err}"
             raise SnapshotError(f"{name} is not a network snapshot: {' '.join(text.split())[:300]}") from err
-    data = check_snapshot(data, name, reading.NETWORK_KEYS if only is None else only)
+    wanted = ["G_ema"] if shared else only if only is not None else reading.NETWORK_KEYS
+    data = check_snapshot(data, name, wanted)
     return with_fp16(data) if force_fp16 else data
 
 

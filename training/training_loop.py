@@ -349,6 +349,7 @@ class Run:
     def _transfer(self):
         self.say(f'Resuming from "{self.c.resume_pkl}"')
         source = snapshot.load_network_pkl(self.c.resume_pkl, trust=self.c.resume_trust)
+        snapshot.check_snapshot(source, self.c.resume_pkl)
         nets = [self.G, self.D, self.G_ema]
         rows = dnnlib.util.call_func_by_name(source, *nets, self.c.allow_partial, func_name=self.c.transfer)
         self.say(coverage_table(rows))

@@ -15,6 +15,17 @@ TRUST_HINT = "if you trust the file, --trust-pickle (in Python trust=True) runs 
 log = logging.getLogger(__name__)
 
 
+def kind_of(file: BinaryIO) -> str | None:
+    """What a seekable file is, by how it begins: 'checkpoint' (of torch.save), 'safetensors', 'pickle', or None."""
+    start = file.read(16)
+    file.seek(-len(start), 1)
+    if start.startswith(b"PK\x03\x04") or start.startswith(LEGACY_TORCH):
+        return "checkpoint"
+    if start[8:9] == b"{":
+        return "safetensors"
+    return "pickle" if start[:1] == b"\x80" else None
+
+
 def read_networks(
     file: BinaryIO, name: str, trust: bool = False, only: Collection[str] | None = None
 ) -> dict[str, Any]:
@@ -24,17 +35,16 @@ def read_networks(
     name: of the file, for messages. trust: unpickle as Python does. only: the networks that are wanted, others may be
     missing or broken. ValueError, in one line, for what cannot be read.
     """
-    start = file.read(16)
-    file.seek(-len(start), 1)
-    if start.startswith(b"PK\x03\x04") or start.startswith(LEGACY_TORCH):
+    kind = kind_of(file)
+    if kind == "checkpoint":
         from training.formats import rosinality
 
         return rosinality.convert(rosinality.read_checkpoint(file), only=only)
-    if start[8:9] == b"{":
+    if kind == "safetensors":
         from training.formats import tensors
 
         return tensors.load(file)
-    if start[:1] != b"\x80":
+    if kind != "pickle":
         raise ValueError("it is neither a pickle, nor a PyTorch checkpoint, nor a safetensors file")
     if trust:
         log.warning("Note: %s is opened by running whatever code it holds, as asked", name)
