@@ -4,10 +4,12 @@
 Along each axis: put up-1 zeros after every sample, pad (or crop), convolve, keep every down-th value.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
-from torch_utils import misc
+from torch_utils import custom_ops, misc
 
 _CPU = torch.device("cpu")
 
@@ -45,6 +47,8 @@ def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1, impl="cu
     up, down: int or [x, y], at least 1.
     padding: int, [x, y] or [x_before, x_after, y_before, y_after], counted after up-sampling; negative crops.
     flip_filter: False convolves, True correlates. gain: multiplies the result.
+    impl: 'cuda' uses own kernels for CUDA tensors where custom_ops allows it, accumulating 16-bit types in
+    float32 with the float32 filter; 'ref' never does. Both give the same values up to rounding.
     Returns [N,C,H',W'] with H' = (H*up + before + after - taps) // down + 1, in x's dtype and memory format.
     """
     assert isinstance(x, torch.Tensor) and x.ndim == 4, "x must be a tensor [N,C,H,W]"
@@ -54,7 +58,9 @@ def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1, impl="cu
         assert size * factor + sum(pads) >= taps, (
             f"a filter of {taps} taps does not fit into {size * factor} + {pads[0]} + {pads[1]} pixels"
         )
-    settings = up, down, padding, bool(flip_filter), float(gain)
+    fused = impl == "cuda" and f is not None and x.numel() > 0 and custom_ops.kernels(x) is not None
+    assert not fused or f.device == x.device, f"the filter is on {f.device}, x on {x.device}"
+    settings = up, down, padding, bool(flip_filter), float(gain), fused
     samples, channels = x.shape[:2]
     folded = _faster_folded(x)
     if folded:
@@ -145,26 +151,28 @@ class _Resample(torch.autograd.Function):
     """The operation is linear in x and its transpose is of the same kind, and so is every gradient."""
 
     @staticmethod
-    def forward(ctx, x, f, up, down, padding, flip_filter, gain):
+    def forward(ctx, x, f, up, down, padding, flip_filter, gain, fused):
         ctx.save_for_backward(f)
         taps = _get_filter_size(f)
-        out = _resample(x, f, up, down, padding, flip_filter, gain)
+        out = _resample(x, f, up, down, padding, flip_filter, gain, fused)
         pads = []
         for axis, (before, _) in enumerate(_by_axis(padding)):
             size, result = _axes(x)[axis], _axes(out)[axis]
             pads.append(taps[axis] - before - 1)
             pads.append(size * up[axis] - result * down[axis] + before - up[axis] + 1)
-        ctx.transposed = down, up, tuple(pads), not flip_filter, gain
+        ctx.transposed = down, up, tuple(pads), not flip_filter, gain, fused
         return out
 
     @staticmethod
     def backward(ctx, dy):
         (f,) = ctx.saved_tensors
-        return _Resample.apply(dy, f, *ctx.transposed), None, None, None, None, None, None
+        return _Resample.apply(dy, f, *ctx.transposed), *[None] * 7
 
 
-def _resample(x, f, up, down, padding, flip_filter, gain):
+def _resample(x, f, up, down, padding, flip_filter, gain, fused):
     """upfirdn2d without autograd; 1-D filters take two passes."""
+    if fused:
+        return _resample_fused(x, f, up, down, padding, flip_filter, gain)
     if f is None and up == down == (1, 1):
         padded = _pad(x, *_by_axis(padding))
         return padded * gain if padded is x or gain != 1 else padded
@@ -231,3 +239,91 @@ def _decimate(x, step_x, step_y):
     channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return x[:, :, ::step_y, ::step_x].contiguous(memory_format=layout)
+
+
+# --------------------------------------------------------------------------------------------------
+# Own kernels
+
+
+def _resample_fused(x, f, up, down, padding, flip_filter, gain):
+    """upfirdn2d by kernels, without autograd."""
+    backend = custom_ops.kernels(x)
+    pad_x, pad_y = _by_axis(padding)
+    if f.ndim == 2:
+        return run_kernel(backend, x, f, *up, *down, *pad_x, *pad_y, flip_filter, gain)
+    x = run_kernel(backend, x, f[None, :], up[0], 1, down[0], 1, *pad_x, 0, 0, flip_filter, gain)
+    return run_kernel(backend, x, f[:, None], 1, up[1], 1, down[1], 0, 0, *pad_y, flip_filter, 1.0)
+
+
+def run_kernel(backend, x, f, upx, upy, downx, downy, padx0, padx1, pady0, pady1, flip, gain):
+    """One launch of kernels/upfirdn2d.cu, without autograd: f is [height,width], the rest as in upfirdn2d.
+
+    Moves each value of x and of the result once (x is read where it lies, in any layout; patches overlap in the
+    caches). Filters of usual size get a variant compiled for them; large ones, large factors and odd layouts a
+    general one.
+    """
+    if isinstance(backend, custom_ops.Plugins):
+        return backend.upfirdn2d(x, f, upx, upy, downx, downy, padx0, padx1, pady0, pady1, flip, gain)
+    samples, channels, height, width = x.shape
+    f = f.contiguous()
+    taps_y, taps_x = f.shape
+    out_width = (width * upx + padx0 + padx1 - taps_x) // downx + 1
+    out_height = (height * upy + pady0 + pady1 - taps_y) // downy + 1
+    last = channels > 1 and x.stride(1) == 1
+    layout = torch.channels_last if last else torch.contiguous_format
+    shape = samples, channels, out_height, out_width
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    extent = max(_extent(x), _extent(y), y.numel())
+    defines = [
+        f"SCALAR={custom_ops.DTYPES[x.dtype]}", f"INDEX={'int' if extent < 2**31 else 'long long'}",
+        f"CHANNELS_LAST={int(last)}",
+    ]  # fmt: skip
+    common = x, f, y, _strided(x), _strided(y)
+    tile = _tile(x, y, (upx, upy), (downx, downy), (taps_x, taps_y), last)
+    if tile is None:
+        args = upx, upy, downx, downy, padx0, pady0, taps_x, taps_y, int(flip), float(gain)
+        backend.launch("upfirdn2d.cu", "upfirdn2d_any", tuple(defines), y.numel(), common + args, x.device)
+        return y
+    tile_x, tile_y, pack = tile
+    start_x, start_y = -(-padx0 // upx), -(-pady0 // upy)  # rows and columns of padding before x
+    numbers = {
+        "UPX": upx, "UPY": upy, "DOWNX": downx, "DOWNY": downy, "FW": taps_x, "FH": taps_y, "FLIP": int(flip),
+        "PHASEX": upx * start_x - padx0, "PHASEY": upy * start_y - pady0, "TX": tile_x, "TY": tile_y, "VEC": pack,
+    }  # fmt: skip
+    defines += [f"{name}={value}" for name, value in numbers.items()]
+    count = samples * (channels // pack) * math.ceil(out_width / tile_x) * math.ceil(out_height / tile_y)
+    args = -start_x, -start_y, float(gain)
+    backend.launch("upfirdn2d.cu", "upfirdn2d_tile", tuple(defines), count, common + args, x.device)
+    return y
+
+
+_MAX_PATCH = 96  # values of x for one tile: all of them are unrolled
+
+
+def _tile(x, y, up, down, taps, last):
+    """(results along x, along y, channels) of one thread, or None where the patch they need is too large.
+
+    Channels-last: 16 bytes of channels where they line up, and 2 x 2 results; channels-first: a column of
+    results, so that neighbouring threads touch neighbouring memory. A tile is a multiple of the up-sampling.
+    """
+    pack = 16 // x.element_size()
+    strides = [n for t in (x, y) for n in (t.stride(0), t.stride(2), t.stride(3))]
+    wide = last and x.shape[1] % pack == 0 and not any(n % pack for n in strides) and custom_ops.aligned(x, y)
+    wanted = (2, 2) if last else (1, 4 if down[1] == 1 else 2)
+    tile = [factor * max(n // factor, 1) for n, factor in zip(wanted, up, strict=True)]
+    patch = 1
+    for axis in range(2):
+        patch *= ((tile[axis] - 1) * down[axis] + taps[axis] + up[axis] - 2) // up[axis] + 1
+    if patch > _MAX_PATCH or max(up) > 4:
+        return None
+    return tile[0], tile[1], pack if wide else 1
+
+
+def _strided(x):
+    """The kernel's Layout."""
+    return (*x.shape, *x.stride())
+
+
+def _extent(x):
+    """One more than the largest offset into x."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
