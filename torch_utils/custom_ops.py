@@ -164,7 +164,9 @@ class Plugins:
 
 def _kernel_plugin(op):
     files = [f"{op}_plugin.cpp", f"{op}_plugin.cu"]
-    return get_plugin(f"{op}_plugin", files, headers=[f"{op}.cu", "scalar.cuh"], source_dir=KERNELS)
+    return get_plugin(
+        f"{op}_plugin", files, headers=[f"{op}.cu", "scalar.cuh", "plugin.h"], source_dir=KERNELS
+    )
 
 
 @functools.cache

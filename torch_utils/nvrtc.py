@@ -18,7 +18,7 @@ import torch
 import dnnlib
 from dnnlib.util import open_atomic
 
-_NAME = re.compile(r"libnvrtc(?:-\w+)?\.so(?:\.(\d+)[\d.]*)?|nvrtc64_(\d+)\d(?:_\d+)?\.dll")
+_NAME = re.compile(r"libnvrtc(?:-[0-9a-f]+)?\.so(?:\.(\d+)[\d.]*)?|nvrtc64_(\d+)\d(?:_\d+)?\.dll")
 
 
 def find_libraries(cuda_version: str | None = None, folders: list | None = None) -> list:

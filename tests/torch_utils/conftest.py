@@ -36,7 +36,17 @@ class HostKernels(custom_ops.RuntimeKernels):
         target = self.folder / f"{name}{len(self.built)}.so"
         options = [f"-D{define}" for define in (*defines, f"KERNEL={name}", f'KERNEL_FILE="{file}"')]
         shim = Path(__file__).with_name("host_shim.h")
-        command = ["g++", *FLAGS, *options, f"-I{custom_ops.KERNELS}", "-x", "c++", str(shim), "-o", str(target)]
+        command = [
+            "g++",
+            *FLAGS,
+            *options,
+            f"-I{custom_ops.KERNELS}",
+            "-x",
+            "c++",
+            str(shim),
+            "-o",
+            str(target),
+        ]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         self.built[name, defines] = ctypes.CDLL(str(target))

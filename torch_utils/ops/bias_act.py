@@ -218,7 +218,9 @@ def _second_derivative(d_dx, dy, x, b, settings):
 
 
 def _sum_to_bias(dx, dim):
-    return dx.sum([i for i in range(dx.ndim) if i != dim % dx.ndim])
+    shape = [1] * dx.ndim
+    shape[dim] = dx.shape[dim]
+    return dx.sum_to_size(shape).flatten()
 
 
 def run_kernel(backend, grad, x, b, xref, yref, dy, dim, act, alpha, gain, clamp):

@@ -89,7 +89,9 @@ def _axis_weights(cells, size):
     """The matrix of `_axis` in float64."""
     positions = torch.arange(size, dtype=torch.float64)[:, None]
     points = torch.arange(cells, dtype=torch.float64)
-    if size < cells:  # position i averages the cells from floor(i * cells / size) to ceil((i + 1) * cells / size)
+    if (
+        size < cells
+    ):  # position i averages the cells from floor(i * cells / size) to ceil((i + 1) * cells / size)
         begin = (positions * cells / size).floor()
         end = ((positions + 1) * cells / size).ceil()
         inside = ((points >= begin) & (points < end)).double()
