@@ -67,3 +67,18 @@ def host_kernels(_host_builds, monkeypatch):
     monkeypatch.setattr(custom_ops, "kernels", lambda x: _host_builds)
     _host_builds.launched.clear()
     return _host_builds
+
+
+class Recorder(custom_ops.RuntimeKernels):
+    """Takes launches and keeps them: (file, kernel, macros, number of threads, arguments)."""
+
+    def __init__(self):
+        self.launches = []
+
+    def launch(self, file, name, defines, count, args, device):
+        self.launches.append((file, name, defines, count, args))
+
+
+@pytest.fixture
+def recorder():
+    return Recorder()
