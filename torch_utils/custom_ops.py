@@ -106,11 +106,11 @@ def _choose():
     return None, "; ".join(reasons)
 
 
-def _try_out(backend):
+def _try_out(backend, device="cuda"):
     """A first, tiny run whose result is known; an exception if it goes wrong."""
     from .ops import bias_act
 
-    x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 9.0], device="cuda")
+    x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 9.0], device=device)
     y = bias_act.run_kernel(backend, 0, x, None, None, None, None, 0, "lrelu", 0.5, 2.0, 10.0)
     if y.tolist() != [-2.0, -1.0, 0.0, 2.0, 4.0, 10.0]:
         raise RuntimeError(f"a first run gave wrong numbers: {y.tolist()}")
@@ -227,8 +227,8 @@ def _build(module_name, sources, headers, source_dir, build_kwargs):
     headers = [(folder / name).resolve() for name in headers]
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     kept = root / module_name / _fingerprint([*sources, *headers], build_kwargs)
-    for path in kept.glob(f"{module_name}.*"):
-        return _import(module_name, path)
+    for path in kept.glob(f"{module_name}*"):
+        return _import(path)
     kept.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept, prefix="build-", ignore_cleanup_errors=True) as draft:
         plugin = cpp_extension.load(
@@ -241,12 +241,12 @@ def _build(module_name, sources, headers, source_dir, build_kwargs):
         built = Path(plugin.__file__)
         with contextlib.suppress(OSError):  # kept for later processes; this one has it
             copy = shutil.copy(built, Path(draft) / "finished")
-            os.replace(copy, kept / f"{module_name}{built.suffix}")
+            os.replace(copy, kept / built.name)
     return plugin
 
 
-def _import(module_name, path):
-    spec = importlib.util.spec_from_file_location(module_name, path)
+def _import(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     plugin = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plugin)
     return plugin

@@ -58,11 +58,11 @@ def mean_square(grids, height, width):
     grids = [grid.to(torch.promote_types(grid.dtype, torch.float32)) for grid in grids]
     total = 0
     for i, a in enumerate(grids):
-        for b in grids[i:]:
+        for j, b in enumerate(grids[i:], start=i):
             rows = _overlap(a.shape[2], b.shape[2], height, a.dtype, a.device)
             columns = _overlap(a.shape[3], b.shape[3], width, a.dtype, a.device)
             product = (a * torch.matmul(torch.matmul(rows, b), columns.t())).sum(dim=[2, 3])
-            total = total + (product if a is b else 2 * product)
+            total = total + (product if i == j else 2 * product)
     return (total / (height * width)).clamp(min=0)  # rounding may leave a small negative number
 
 
