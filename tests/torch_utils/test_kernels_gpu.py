@@ -79,9 +79,10 @@ def test_bias_act(act, dtype, layout):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["first", "last"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "settings", [{"padding": [1, 2, 2, 1]}, {"up": 2, "gain": 4}, {"down": 2, "flip_filter": True}, {"up": 5, "down": 3}],
+    "settings",
+    [{"padding": [6, 7, 7, 6]}, {"up": 2, "gain": 4}, {"down": 2, "flip_filter": True}, {"up": 5, "down": 3}],
     ids=str,
-)  # fmt: skip
+)
 def test_upfirdn2d(settings, dtype, layout):
     for f, channels in itertools.product((FOUR, TWELVE), (3, 16)):
 
