@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
+from torch_utils.ops import spatial_modulation
 from torch_utils.ops.spatial_modulation import mean_square, modulate, resize
 
 SIZES = [(4, 4), (1, 1), (3, 5), (8, 12), (16, 24), (16, 5), (9, 13)]  # finer, equal and coarser than 8 x 12
@@ -30,21 +31,42 @@ def test_resize(size):
     torch.testing.assert_close(resize(constant, 8, 12), torch.full([1, 1, 8, 12], 0.7, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
-def test_mean_square_of_one_grid(size):
+@pytest.fixture
+def full_maps(monkeypatch):
+    """Counts the maps that are made, which the closed form does without."""
+    made = []
+    monkeypatch.setattr(spatial_modulation, "resize", lambda *args: made.append(args) or resize(*args))
+    return made
+
+
+SMALL = [(4, 4), (1, 1), (3, 5), (80, 1), (9, 13), (16, 24)]  # for maps of 64 x 48: one axis is coarser once
+
+
+@pytest.mark.parametrize("size", SMALL, ids=str)
+def test_mean_square_of_one_grid(size, full_maps):
     grid = draw(2, 3, *size)
-    expected = resized_by_pytorch(grid, 8, 12).square().mean(dim=[2, 3])
-    torch.testing.assert_close(mean_square(grid, 8, 12), expected)
-    torch.testing.assert_close(mean_square([grid], 8, 12), expected)
+    expected = resized_by_pytorch(grid, 64, 48).square().mean(dim=[2, 3])
+    torch.testing.assert_close(mean_square(grid, 64, 48), expected)
+    torch.testing.assert_close(mean_square([grid], 64, 48), expected)
+    assert full_maps == []
 
 
-def test_mean_square_of_sums():
-    grids = [draw(2, 3, *size, seed=i) for i, size in enumerate(SIZES)]
-    for count in (2, 3, 7):
-        total = sum(resized_by_pytorch(grid, 8, 12) for grid in grids[:count])
-        torch.testing.assert_close(mean_square(grids[:count], 8, 12), total.square().mean(dim=[2, 3]))
-    twice = mean_square([grids[0], grids[0]], 8, 12)  # the same tensor as two grids
-    torch.testing.assert_close(twice, 4 * mean_square(grids[0], 8, 12))
+def test_mean_square_of_sums(full_maps):
+    grids = [draw(2, 3, *size, seed=i) for i, size in enumerate(SMALL)]
+    for count in (2, 3, 6):
+        total = sum(resized_by_pytorch(grid, 64, 48) for grid in grids[:count])
+        torch.testing.assert_close(mean_square(grids[:count], 64, 48), total.square().mean(dim=[2, 3]))
+    twice = mean_square([grids[0], grids[0]], 64, 48)  # the same tensor as two grids
+    torch.testing.assert_close(twice, 4 * mean_square(grids[0], 64, 48))
+    assert full_maps == []
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_mean_square_of_grids_about_as_fine_as_the_map(size, full_maps):
+    grids = [draw(2, 3, 1, 1), draw(2, 3, *size)]
+    total = sum(resized_by_pytorch(grid, 8, 12) for grid in grids)
+    torch.testing.assert_close(mean_square(grids, 8, 12), total.square().mean(dim=[2, 3]))
+    assert len(full_maps) == (2 if size[0] * size[1] * 8 > 96 else 0)
 
 
 def test_mean_square_is_exact_where_the_layers_need_it():
@@ -53,16 +75,17 @@ def test_mean_square_is_exact_where_the_layers_need_it():
     result = mean_square(style.expand(-1, -1, 4, 4), 64, 64)
     torch.testing.assert_close(result, style.flatten(1).square(), rtol=1e-6, atol=0)
     wave = torch.tensor([1.0, -1.0]).repeat(16).reshape(1, 1, 1, 32) * draw(4, 99, 8, 1, dtype=torch.float32)
-    for grids, size in (([wave], 16), ([wave, -wave], 64)):
-        result = mean_square(grids, size, size)
+    for grids, height, width in (([wave], 512, 16), ([wave, -wave], 64, 64)):
+        result = mean_square(grids, height, width)
         assert (result >= 0).all() and result.max() < 1e-5
     assert mean_square(style.half(), 8, 8).dtype == torch.float32
 
 
-def test_mean_square_gradients():
+@pytest.mark.parametrize("side", [4, 16])
+def test_mean_square_gradients(side):
     grids = [draw(2, 2, *size, seed=i, grad=True) for i, size in enumerate([(2, 3), (5, 2)])]
-    assert gradcheck(lambda *grids: mean_square(grids, 4, 4), grids)
-    assert gradgradcheck(lambda *grids: mean_square(grids, 4, 4), grids)
+    assert gradcheck(lambda *grids: mean_square(grids, side, side), grids)
+    assert gradgradcheck(lambda *grids: mean_square(grids, side, side), grids)
 
 
 @pytest.mark.parametrize("impl", ["ref", "cuda"])

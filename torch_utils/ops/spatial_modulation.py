@@ -52,10 +52,13 @@ def mean_square(grids, height, width):
     """[N,C]: the mean over the height x width positions of the square of the sum of the grids' maps, see `resize`.
 
     grids: a tensor [N,C,h,w] or a sequence of them. In float32 at least; never negative. Costs a few products of
-    small matrices, h*w*(h+w) multiplications a channel and grid, instead of passes over the map.
+    small matrices, h*w*(h+w) multiplications a channel and pair of grids, instead of passes over the map; where
+    a grid has more than an eighth of the map's positions, passes over the map are cheaper and are what it does.
     """
     grids = [grids] if isinstance(grids, torch.Tensor) else list(grids)
     grids = [grid.to(torch.promote_types(grid.dtype, torch.float32)) for grid in grids]
+    if any(8 * grid.shape[2] * grid.shape[3] > height * width for grid in grids):
+        return sum(resize(grid, height, width) for grid in grids).square().mean(dim=[2, 3])
     total = 0
     for i, a in enumerate(grids):
         for j, b in enumerate(grids[i:], start=i):

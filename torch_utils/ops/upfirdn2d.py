@@ -4,6 +4,7 @@
 Along each axis: put up-1 zeros after every sample, pad (or crop), convolve, keep every down-th value.
 """
 
+import functools
 import math
 
 import torch
@@ -264,59 +265,64 @@ def run_kernel(backend, x, f, upx, upy, downx, downy, padx0, padx1, pady0, pady1
     """
     if isinstance(backend, custom_ops.Plugins):
         return backend.upfirdn2d(x, f, upx, upy, downx, downy, padx0, padx1, pady0, pady1, flip, gain)
-    samples, channels, height, width = x.shape
-    f = f.contiguous()
-    taps_y, taps_x = f.shape
-    out_width = (width * upx + padx0 + padx1 - taps_x) // downx + 1
-    out_height = (height * upy + pady0 + pady1 - taps_y) // downy + 1
-    last = channels > 1 and x.stride(1) == 1
+    shape, (taps_y, taps_x) = x.shape, f.shape
+    height = (shape[2] * upy + pady0 + pady1 - taps_y) // downy + 1
+    width = (shape[3] * upx + padx0 + padx1 - taps_x) // downx + 1
+    last = shape[1] > 1 and x.stride(1) == 1
     layout = torch.channels_last if last else torch.contiguous_format
-    shape = samples, channels, out_height, out_width
-    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-    extent = max(_extent(x), _extent(y), y.numel())
+    y = torch.empty(*shape[:2], height, width, dtype=x.dtype, device=x.device, memory_format=layout)
+    layouts = _strided(x), _strided(y)
+    plan = _plan(
+        *layouts, x.dtype, last and custom_ops.aligned(x, y), (upx, upy), (downx, downy), (padx0, pady0),
+        (taps_x, taps_y), int(flip), last,
+    )  # fmt: skip
+    name, defines, count, numbers = plan
+    args = x, f.contiguous(), y, *layouts, *numbers, float(gain)
+    backend.launch("upfirdn2d.cu", name, defines, count, args, x.device)
+    return y
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(x, y, dtype, wide, up, down, pads, taps, flip, last):
+    """How to launch: (kernel, macros, number of threads, further arguments). x, y: see `_strided`; wide: 16-byte
+    accesses are possible; the rest as in run_kernel, (x, y) each."""
     defines = [
-        f"SCALAR={custom_ops.DTYPES[x.dtype]}", f"INDEX={'int' if extent < 2**31 else 'long long'}",
+        f"SCALAR={custom_ops.DTYPES[dtype]}", f"INDEX={'int' if max(_extent(x), _extent(y)) < 2**31 else 'long long'}",
         f"CHANNELS_LAST={int(last)}",
     ]  # fmt: skip
-    common = x, f, y, _strided(x), _strided(y)
-    tile = _tile(x, y, (upx, upy), (downx, downy), (taps_x, taps_y), last)
+    tile = _tile(up, down, taps, last)
     if tile is None:
-        args = upx, upy, downx, downy, padx0, pady0, taps_x, taps_y, int(flip), float(gain)
-        backend.launch("upfirdn2d.cu", "upfirdn2d_any", tuple(defines), y.numel(), common + args, x.device)
-        return y
-    tile_x, tile_y, pack = tile
-    start_x, start_y = -(-padx0 // upx), -(-pady0 // upy)  # rows and columns of padding before x
-    numbers = {
-        "UPX": upx, "UPY": upy, "DOWNX": downx, "DOWNY": downy, "FW": taps_x, "FH": taps_y, "FLIP": int(flip),
-        "PHASEX": upx * start_x - padx0, "PHASEY": upy * start_y - pady0, "TX": tile_x, "TY": tile_y, "VEC": pack,
-    }  # fmt: skip
-    defines += [f"{name}={value}" for name, value in numbers.items()]
-    count = samples * (channels // pack) * math.ceil(out_width / tile_x) * math.ceil(out_height / tile_y)
-    args = -start_x, -start_y, float(gain)
-    backend.launch("upfirdn2d.cu", "upfirdn2d_tile", tuple(defines), count, common + args, x.device)
-    return y
+        return "upfirdn2d_any", tuple(defines), math.prod(y[:4]), (*up, *down, *pads, *taps, flip)
+    samples, channels, height, width = y[:4]
+    pack = 16 // dtype.itemsize
+    steps = [n for layout in (x, y) for n in (layout[4], *layout[6:])]
+    pack = pack if wide and channels % pack == 0 and not any(n % pack for n in steps) else 1
+    before = [
+        -(-pad // factor) for pad, factor in zip(pads, up, strict=True)
+    ]  # columns and rows of padding before x
+    phases = [n * factor - pad for n, factor, pad in zip(before, up, pads, strict=True)]
+    names = ("UPX", "UPY", "DOWNX", "DOWNY", "FW", "FH", "PHASEX", "PHASEY", "TX", "TY", "FLIP", "VEC")
+    values = (*up, *down, *taps, *phases, *tile, flip, pack)
+    defines += [f"{name}={value}" for name, value in zip(names, values, strict=True)]
+    count = samples * (channels // pack) * math.ceil(width / tile[0]) * math.ceil(height / tile[1])
+    return "upfirdn2d_tile", tuple(defines), count, tuple(-n for n in before)
 
 
 _MAX_PATCH = 96  # values of x for one tile: all of them are unrolled
 
 
-def _tile(x, y, up, down, taps, last):
-    """(results along x, along y, channels) of one thread, or None where the patch they need is too large.
+def _tile(up, down, taps, last):
+    """(results along x, along y) of one thread, or None where the patch they need is too large.
 
-    Channels-last: 16 bytes of channels where they line up, and 2 x 2 results; channels-first: a column of
-    results, so that neighbouring threads touch neighbouring memory. A tile is a multiple of the up-sampling.
+    Channels-last: 2 x 2 results of some channels; channels-first: a column of results, so that neighbouring
+    threads touch neighbouring memory. A tile is a multiple of the up-sampling.
     """
-    pack = 16 // x.element_size()
-    strides = [n for t in (x, y) for n in (t.stride(0), t.stride(2), t.stride(3))]
-    wide = last and x.shape[1] % pack == 0 and not any(n % pack for n in strides) and custom_ops.aligned(x, y)
     wanted = (2, 2) if last else (1, 4 if down[1] == 1 else 2)
-    tile = [factor * max(n // factor, 1) for n, factor in zip(wanted, up, strict=True)]
+    tile = tuple(factor * max(n // factor, 1) for n, factor in zip(wanted, up, strict=True))
     patch = 1
     for axis in range(2):
         patch *= ((tile[axis] - 1) * down[axis] + taps[axis] + up[axis] - 2) // up[axis] + 1
-    if patch > _MAX_PATCH or max(up) > 4:
-        return None
-    return tile[0], tile[1], pack if wide else 1
+    return None if patch > _MAX_PATCH or max(up) > 4 else tile
 
 
 def _strided(x):
@@ -324,6 +330,7 @@ def _strided(x):
     return (*x.shape, *x.stride())
 
 
-def _extent(x):
-    """One more than the largest offset into x."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+def _extent(layout):
+    """The largest of the number of elements and the offsets of a tensor."""
+    offsets = sum((size - 1) * stride for size, stride in zip(layout[:4], layout[4:], strict=True))
+    return max(offsets + 1, math.prod(layout[:4]))
