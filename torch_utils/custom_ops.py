@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from . import nvrtc
-from .cuda_driver import Driver
+from torch_utils import nvrtc
+from torch_utils.cuda_driver import Driver
 
 verbosity = "brief"  # 'none', 'brief' (a line for each plug-in) or 'full' (the compiler's output too)
 
@@ -108,7 +108,7 @@ def _choose():
 
 def _try_out(backend, device="cuda"):
     """A first, tiny run whose result is known; an exception if it goes wrong."""
-    from .ops import bias_act
+    from torch_utils.ops import bias_act
 
     x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0, 9.0], device=device)
     y = bias_act.run_kernel(backend, 0, x, None, None, None, None, 0, "lrelu", 0.5, 2.0, 10.0)

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import dnnlib
-
-from .. import custom_ops
+from torch_utils import custom_ops
 
 
 def _activation(func, index, alpha=0, gain=1.0, ref="y", second=True):
@@ -59,7 +58,7 @@ def bias_act(x, b=None, dim=1, act="linear", alpha=None, gain=None, clamp=None, 
     gain = float(spec.def_gain if gain is None else gain)
     clamp = None if clamp is None else float(clamp)
     bias, b = b, None if b is None else _aligned_bias(x, b, dim)
-    if impl == "cuda" and x.numel() and _has_kernel(act, alpha, gain) and custom_ops.kernels(x):
+    if impl == "cuda" and _has_kernel(act, alpha, gain) and custom_ops.kernels(x) and x.numel():
         return _fused(x, bias, (dim, act, alpha, gain, clamp))
     slope = {"relu": 0.0, "lrelu": alpha}.get(act, -1)
     if impl == "cuda" and slope >= 0 and gain > 0:

@@ -14,7 +14,7 @@ import functools
 
 import torch
 
-from .. import custom_ops
+from torch_utils import custom_ops
 
 
 def resize(grid, height, width):
@@ -42,7 +42,7 @@ def modulate(x, *grids, impl="cuda"):
     height, width = x.shape[2:]
     dtype = torch.promote_types(x.dtype, torch.float32)
     grids = [grid.to(dtype) for grid in grids]
-    if impl == "cuda" and x.numel() and len(grids) <= 2 and _has_backend(x):
+    if impl == "cuda" and len(grids) <= 2 and _has_backend(x) and x.numel():
         return _Modulate.apply(x, *(_not_finer(grid, height, width) for grid in grids))
     style = sum(resize(grid, height, width) for grid in grids)
     return (x * style).to(x.dtype)

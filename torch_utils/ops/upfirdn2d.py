@@ -59,7 +59,7 @@ def upfirdn2d(x, f, up=1, down=1, padding=0, flip_filter=False, gain=1, impl="cu
         assert size * factor + sum(pads) >= taps, (
             f"a filter of {taps} taps does not fit into {size * factor} + {pads[0]} + {pads[1]} pixels"
         )
-    fused = impl == "cuda" and f is not None and x.numel() > 0 and custom_ops.kernels(x) is not None
+    fused = impl == "cuda" and f is not None and custom_ops.kernels(x) is not None and x.numel() > 0
     assert not fused or f.device == x.device, f"the filter is on {f.device}, x on {x.device}"
     settings = up, down, padding, bool(flip_filter), float(gain), fused
     samples, channels = x.shape[:2]
