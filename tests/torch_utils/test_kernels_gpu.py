@@ -39,7 +39,7 @@ def derivatives(op, tensors, dtype, layout, impl, device):
     """[y, first derivatives, second derivatives] of op(*tensors, impl=impl), along fixed random directions."""
     leaves = []
     for t in tensors:
-        t = t.to(dtype).to(device=device, dtype=dtype if impl == "cuda" else torch.float64)
+        t = t.detach().clone().to(dtype).to(device=device, dtype=dtype if impl == "cuda" else torch.float64)
         leaves.append((t.contiguous(memory_format=layout) if t.ndim == 4 else t).requires_grad_())
     y = op(*leaves, impl=impl)
     v = draw(*y.shape, seed=8).to(dtype).to(y).requires_grad_()
@@ -67,13 +67,16 @@ def check(op, tensors, dtype, layout):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("act", list(activation_funcs))
 def test_bias_act(act, dtype, layout):
+    x, b = (t.to(dtype).double() for t in (draw(3, 24, 17, 9), draw(24, seed=1)))
     for clamp in (None, 1.25):
-        check(
-            lambda x, b, impl, clamp=clamp: bias_act(x, b, act=act, clamp=clamp, impl=impl),
-            [draw(3, 24, 17, 9), draw(24, seed=1)],
-            dtype,
-            layout,
-        )
+        if clamp is not None:  # rounding may put an output on the clamp or beside it: leave those out
+            near = (bias_act(x, b, act=act, impl="ref").abs() - clamp).abs() < 0.02
+            x = torch.where(near, -b[:, None, None], x)
+
+        def op(x, b, impl, clamp=clamp):
+            return bias_act(x, b, act=act, clamp=clamp, impl=impl)
+
+        check(op, [x, b], dtype, layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["first", "last"])

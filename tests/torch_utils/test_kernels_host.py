@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from torch_utils import custom_ops
 from torch_utils.ops import bias_act as bias_act_module
 from torch_utils.ops import spatial_modulation, upfirdn2d
 from torch_utils.ops.bias_act import activation_funcs, bias_act
+from training import networks
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "ops.npz")
 CASES = json.loads(str(GOLDEN["cases"]))
@@ -180,6 +182,18 @@ def test_bias_act_third_order(host_kernels, act):
         results.append(y)
     torch.testing.assert_close(*results)
     assert results[0].abs().min() > 0
+
+
+@pytest.mark.parametrize("act", list(activation_funcs))
+def test_bias_act_derivatives_at_zero(host_kernels, act):
+    """At a kink PyTorch's choice of the two sides."""
+    derivatives = []
+    for impl in ("ref", "cuda"):
+        x, v = torch.zeros(3, requires_grad=True), torch.ones(3, requires_grad=True)
+        (dx,) = torch.autograd.grad(bias_act(x, dim=0, act=act, impl=impl), x, v, create_graph=True)
+        second = torch.autograd.grad(dx.sum(), [v, x], allow_unused=True)
+        derivatives.append([dx, *(torch.zeros(3) if d is None else d for d in second)])
+    torch.testing.assert_close(derivatives[1], derivatives[0])
 
 
 def test_bias_act_left_to_the_reference_path(host_kernels):
@@ -412,3 +426,38 @@ def test_wide_indices_are_chosen_by_size(recorder):
     indices = [dict(define.split("=") for define in launch[2])["INDEX"] for launch in recorder.launches]
     assert indices == numbers
     assert [launch[3] for launch in recorder.launches[3:]] == [2**29, 2**29, 2**29]
+
+
+# --------------------------------------------------------------------------------------------------
+# Whole networks
+
+
+def test_networks(host_kernels, monkeypatch):
+    """Pictures, scores and the gradients of both regularisers, which differentiate twice."""
+    torch.manual_seed(0)
+    shared = {"channel_base": 128, "channel_max": 8}
+    G = networks.Generator(8, 0, 8, 16, 3, mapping_kwargs={"num_layers": 1}, synthesis_kwargs=shared)
+    D = networks.Discriminator(0, 16, 3, epilogue_kwargs={"mbstd_group_size": None}, **shared)
+    z = draw(2, 8, dtype=torch.float32)
+
+    def run():
+        ws = G.mapping(z, None, skip_w_avg_update=True)
+        images = G.synthesis(ws, noise_mode="const")
+        direction = draw(*images.shape, seed=1, dtype=torch.float32)
+        (path,) = torch.autograd.grad((images * direction).sum(), ws, create_graph=True)
+        scores = D(images, None)
+        (slope,) = torch.autograd.grad(scores.sum(), images, create_graph=True)
+        loss = path.square().sum() + slope.square().sum() + scores.sum()
+        parameters = [*G.parameters(), *D.parameters()]
+        return [images, scores, *torch.autograd.grad(loss, parameters, allow_unused=True)]
+
+    results = run()
+    used = {name for name, _ in host_kernels.launched}
+    assert used == {"bias_act", "upfirdn2d_tile"}
+    monkeypatch.setattr(custom_ops, "kernels", lambda x: None)
+    for result, expected in zip(results, run(), strict=True):
+        if expected is None:
+            assert result is None
+            continue
+        scale = expected.abs().max().clamp(min=1e-3)
+        assert ((result - expected).abs().max() / scale).item() < 1e-3

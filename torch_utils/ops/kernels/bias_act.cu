@@ -51,8 +51,8 @@ template <class F> __device__ __forceinline__ F second_derivative(int act, F t, 
     switch (act) {
     case TANH: return F(-2) * f * (F(1) - f * f);
     case SIGMOID: return f * (F(1) - f) * (F(1) - F(2) * f);
-    case ELU: return f > 0 ? F(0) : f + F(1);
-    case SELU: return f > 0 ? F(0) : f + F(SELU_SCALE * SELU_ALPHA);
+    case ELU: return f < 0 ? f + F(1) : F(0);
+    case SELU: return f < 0 ? f + F(SELU_SCALE * SELU_ALPHA) : F(0);
     case SOFTPLUS: return -expm1(-f) * exp(-f);
     case SWISH: {
         const F s = logistic(t);
