@@ -79,6 +79,13 @@ def plug_in():
 @click.option(
     "--workers", type=click.IntRange(min=0), help="Processes that read images  [default: 3, 0 on CPU]"
 )
+@click.option(
+    "--ops",
+    type=click.Choice(["auto", "reference", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Operations on a GPU: own kernels where they are proved, PyTorch's, or own kernels or an error",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of all random draws")
 @click.option(
     "--verbose", type=bool, default=True, show_default=True, metavar="BOOL", help="Say what is done"
@@ -113,7 +120,10 @@ def make_config(o):
     if not (os.path.isfile(o.network_pkl) or dnnlib.util.is_url(o.network_pkl, allow_file_urls=True)):
         raise click.ClickException(f"--network must point to a file or URL, not {o.network_pkl}")
     args = dnnlib.EasyDict(
-        {key: o[key] for key in ("network_pkl", "metrics", "detector", "batch", "workers", "seed", "verbose")}
+        {
+            key: o[key]
+            for key in ("network_pkl", "metrics", "detector", "batch", "workers", "ops", "seed", "verbose")
+        }
     )
     from torch_utils.distributed import choose_device
 
@@ -210,10 +220,17 @@ def measure(rank, args):
     import torch
 
     from metrics.metric_utils import ProgressMonitor
+    from torch_utils import custom_ops
 
     load_plugins()
     cuda = args.device_type == "cuda"
+    try:
+        custom_ops.select(args.ops)
+    except RuntimeError as err:
+        raise OSError(f"--ops={args.ops}: {err}") from err
     if cuda:
+        if rank == 0 and args.verbose:
+            click.echo(custom_ops.status())
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False

@@ -133,6 +133,11 @@ GROUPS = {
         "--nhwc": dict(
             type=bool, metavar="BOOL", help="Channels-last memory with half precision  [default: false]"
         ),
+        "--ops": dict(
+            type=click.Choice(configs.OPS),
+            help="Operations on a GPU: own kernels where they are proved, PyTorch's, or own kernels or an error"
+            "  [default: auto]",
+        ),
         "--nobench": dict(
             type=bool, metavar="BOOL", help="Do not let cuDNN try its algorithms  [default: false]"
         ),

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 import dnnlib.plugins
 import dnnlib.util
 from metrics import detectors, metric_main
+from torch_utils import custom_ops
 from training import networks, snapshot
 
 ROOT = pathlib.Path(metric_main.__file__).parents[1]
@@ -241,6 +242,15 @@ def test_mistakes_that_show_late(tmp_path, networks_of_a_run, detector):
     rest = ("--gpus=0", "--detector", detector, "--metrics=fid5k")
     message = error("--network", pkl, "--data", large, *rest)
     assert "do not match the specified resolution" in message
+
+
+def test_kernels_that_cannot_be_had(tmp_path, networks_of_a_run, data, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(custom_ops, "_mode", "auto")
+    monkeypatch.setattr(custom_ops, "_decision", None)
+    pkl = save(tmp_path / "net.pkl", networks_of_a_run, None)
+    message = error("--network", pkl, "--metrics=ldbr_dist", "--gpus=0", "--data", data, "--ops=cuda")
+    assert "--ops=cuda: the CUDA kernels cannot be used (no CUDA device)" in message
 
 
 def test_too_many_gpus(tmp_path, networks_of_a_run, monkeypatch):

@@ -335,6 +335,7 @@ def test_options_do_what_they_say(tmp_path):
             ["--set=G_kwargs.synthesis_kwargs.bogus=1"],
             "--set G_kwargs.synthesis_kwargs.bogus: bogus is not known there",
         ),
+        (["--gpus=0", "--ops=cuda"], "--ops=cuda needs a GPU"),
         (["--gpus=0", "--device=cuda"], "--gpus=0 is the CPU, --device=cuda is not"),
         (["--seed=-1"], "--seed must be between 0 and 2147483647"),
         (["--resume=/no/such.pkl"], "--resume: /no/such.pkl is neither a run directory, a file, nor a URL"),
@@ -431,7 +432,7 @@ HELP_GROUPS = {
     "Base config": "--cfg --gamma --kimg --batch --glr --dlr --set",
     "Augmentation": "--aug --p --target --augpipe --initstrength",
     "Transfer": "--resume --allow-partial --freezed --trust-pickle",
-    "Performance": "--batch-gpu --precision --fp32 --nhwc --nobench --allow-tf32 --workers",
+    "Performance": "--batch-gpu --precision --fp32 --nhwc --ops --nobench --allow-tf32 --workers",
     "Logging": "--log --best --keep-last",
     "Options of ssn_ext": "--lambda-d --dist-blocks --latent-grid --encoder-init --demodulation",
 }

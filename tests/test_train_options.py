@@ -9,7 +9,7 @@ import torch
 
 import dnnlib
 import train
-from torch_utils import training_stats
+from torch_utils import custom_ops, training_stats
 from training import configs, controllers, dataset, phases, snapshot
 from training.augment import AugmentPipe
 from training.loss import StyleGAN2Loss
@@ -327,6 +327,15 @@ def test_switches_of_the_backends(tiny_run, backends):
     result = tiny_run("--nobench=1", "--allow-tf32=1")
     assert result.options()["cudnn_benchmark"] is False and result.options()["allow_tf32"] is True
     assert not cudnn.benchmark and cudnn.allow_tf32 and matmul.allow_tf32
+
+
+def test_ops(tiny_run, monkeypatch):
+    monkeypatch.setattr(custom_ops, "_mode", "auto")
+    monkeypatch.setattr(custom_ops, "_decision", None)
+    result = tiny_run("--ops=reference")
+    assert result.options()["ops"] == "reference"
+    assert custom_ops.status() == "Operations: reference path (as asked)"
+    assert "ops" not in tiny_run("--ops=auto").options() and custom_ops._mode == "auto"
 
 
 def test_batch_gpu_splits_the_batch(tiny_run, monkeypatch):

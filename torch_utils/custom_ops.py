@@ -99,11 +99,30 @@ def _choose():
     for make in (RuntimeKernels, Plugins):
         try:
             backend = make()
+            if _mode == "auto":
+                _demand_proof(make.title)
             _try_out(backend)
             return backend, "; ".join([backend.description, *reasons])
         except Exception as error:
             reasons.append(f"{make.title}: {_reason(error)}")
     return None, "; ".join(reasons)
+
+
+def use(title: str) -> None:
+    """Uses the kernels of one way, 'NVRTC' or 'plug-ins', unproved: for the proof itself."""
+    global _decision
+    (make,) = (make for make in (RuntimeKernels, Plugins) if make.title == title)
+    with _lock:
+        _decision = (make(), "being checked")
+
+
+def _demand_proof(title):
+    """RuntimeError unless another process has found the kernels right on this GPU, now or earlier."""
+    from torch_utils import kernel_check
+
+    reason = kernel_check.verdict(title)
+    if reason is not None:
+        raise RuntimeError(reason)
 
 
 def _try_out(backend, device="cuda"):

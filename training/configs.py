@@ -141,6 +141,7 @@ def apply_row(c, *, ref_gpus, kimg, mb, mbstd, fmaps, lrate, gamma, ema, ramp, m
 # --- from a command to options ------------------------------------------------------------------------------
 
 AUG_MODES = ["noaug", "ada", "fixed"]
+OPS = ("auto", "reference", "cuda")  # of torch_utils.custom_ops.select
 PRECISIONS = ["fp32", "fp16", "bf16"]
 AUGPIPES = {
     "blit": "xflip rotate90 xint",
@@ -399,6 +400,12 @@ def _networks(c, opts):
     if opts.nhwc:
         for each in blocks:
             each["fp16_channels_last"] = True
+    if opts.ops not in (None, *OPS):
+        raise ConfigError(f"--ops={opts.ops} is not known; there are {', '.join(OPS)}")
+    if opts.ops == "cuda" and c.device == "cpu":
+        raise ConfigError("--ops=cuda needs a GPU; on the CPU PyTorch's operations do everything")
+    if opts.ops not in (None, "auto"):
+        c.ops = opts.ops
     if opts.nobench:
         c.cudnn_benchmark = False
     if opts.allow_tf32:

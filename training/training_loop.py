@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import dnnlib
-from torch_utils import distributed, misc, training_stats
+from torch_utils import custom_ops, distributed, misc, training_stats
 from torch_utils.images import to_float
 from training import checkpoint, controllers, phases, snapshot
 from training.transfer import coverage_table
@@ -61,7 +61,7 @@ DEFAULTS = {
         tick_hooks=[],
     ),
     # the machine
-    **dict(num_gpus=1, device=None, cudnn_benchmark=True, allow_tf32=False),
+    **dict(num_gpus=1, device=None, cudnn_benchmark=True, allow_tf32=False, ops="auto"),
 }
 
 
@@ -205,6 +205,9 @@ class Run:
     def start(self):
         """Builds everything, fills it from a snapshot or a checkpoint, and lets the hooks begin."""
         c = self.c
+        _select_ops(c.ops)
+        if self.device.type == "cuda":
+            self.say(custom_ops.status())
         torch.backends.cudnn.benchmark = c.cudnn_benchmark
         torch.backends.cuda.matmul.allow_tf32 = c.allow_tf32
         torch.backends.cudnn.allow_tf32 = c.allow_tf32
@@ -439,6 +442,13 @@ class Run:
             self.checkpoint.save(self.c.run_dir)
         else:
             training_stats.state_dict()
+
+
+def _select_ops(mode):
+    try:
+        custom_ops.select(mode)
+    except RuntimeError as err:
+        raise OSError(f"--ops={mode}: {err}") from err
 
 
 def _pick_device(name, rank):

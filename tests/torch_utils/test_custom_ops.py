@@ -150,6 +150,7 @@ def cuda(monkeypatch):
     monkeypatch.setattr(custom_ops, "_mode", "auto")
     monkeypatch.setattr(custom_ops, "_decision", None)
     monkeypatch.setattr(custom_ops, "_try_out", lambda _: None)
+    monkeypatch.setattr(custom_ops, "_demand_proof", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     return use
@@ -191,6 +192,21 @@ def test_a_backend_that_gives_wrong_numbers_is_not_used(cuda, monkeypatch):
     assert custom_ops.status() == (
         "Operations: own CUDA kernels (by second; first: a first run gave wrong numbers)"
     )
+
+
+def test_a_backend_without_proof_is_not_used_unless_asked_for(cuda, monkeypatch):
+    cuda(backend("first"), backend("second"))
+
+    def demand(title):
+        if title == "first":
+            raise RuntimeError("the check failed: off by 1")
+
+    monkeypatch.setattr(custom_ops, "_demand_proof", demand)
+    assert (
+        custom_ops.status() == "Operations: own CUDA kernels (by second; first: the check failed: off by 1)"
+    )
+    custom_ops.select("cuda")
+    assert custom_ops.status() == "Operations: own CUDA kernels (by first)"
 
 
 def test_the_first_run(host_kernels, recorder):
