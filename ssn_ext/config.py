@@ -54,6 +54,39 @@ def ssn(c, opts):
     c.tick_hooks.append("ssn_ext.hooks.ChangeMaps")
 
 
+# Options of a synthesis network that mean the same to SPADE.
+SPADE_TAKES = [
+    *(
+        "channel_base",
+        "channel_max",
+        "architecture",
+        "use_noise",
+        "activation",
+        "resample_filter",
+        "encoder_kwargs",
+    ),
+]
+
+
+def spade(c, opts):
+    """SPADE in the place of spatially modulated convolutions, for comparison: batch statistics, scale and shift.
+
+    All else is --cfg=ssn. From a StyleGAN2 it takes what SSNs take, but does not begin with its pictures.
+    """
+    if opts.precision not in (None, "fp32"):
+        raise ConfigError(
+            f"--precision={opts.precision} cannot be had with --cfg=spade, which computes in float32"
+        )
+    ssn(c, opts)
+    c.G_kwargs.class_name = "ssn_ext.spade_networks.SpadeGenerator"
+    synthesis = c.G_kwargs.synthesis_kwargs
+    if synthesis.get("architecture", "skip") != "skip":
+        raise ConfigError(
+            f"--resume: --cfg=spade knows the architecture 'skip' only, not {synthesis.architecture!r}"
+        )
+    c.G_kwargs.synthesis_kwargs = dnnlib.EasyDict({k: v for k, v in synthesis.items() if k in SPADE_TAKES})
+
+
 def widths_of(source, c, img_shape):
     """(constructor arguments of a plain generator, grid of a spatial source or None) from the networks of a
     snapshot; sets c.D_kwargs likewise.
