@@ -16,6 +16,7 @@ def register():
     NETWORKS.register("SpadeGenerator", "ssn_ext.spade_networks.SpadeGenerator")
     METRICS.register("ldbr_dist", "ssn_ext.metric.ldbr_dist")
     METRICS.register("ldbr_floor", "ssn_ext.metric.ldbr_floor")
+    METRICS.register("droplet", "ssn_ext.droplets.droplet")
     group = dict(heading="ssn_ext", configs=["ssn", "spade"])
     modulation = dict(heading="ssn_ext", configs=["ssn"])
     add_option(
@@ -33,6 +34,15 @@ def register():
         type=click.IntRange(min=1),
         metavar="INT",
         help="Blocks re-drawn per picture in the regulariser  [default: 1]",
+        **group,
+    )
+    add_option(
+        "--pl-block-beta",
+        desc="plblock{:g}",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="FLOAT",
+        help="Path lengths of one block at a time, which below 1 may move the others only so much as its own"
+        " (appendix B of the paper, a negative result there)  [default: StyleGAN2's path lengths]",
         **group,
     )
     add_option(

@@ -12,7 +12,8 @@ Each process, and each part of a batch that is computed at once, has statistics 
 
 Persistent classes: the source of this module travels inside every pickle, so it is self-contained (dnnlib and
 torch_utils only) and reads under Python 3.7; its layers resemble ssn_ext/networks.py for that reason. It computes in
-float32 only. Shapes: N samples, I/O/C channels, H, W height and width of a layer's or block's picture, h, w of the grid.
+float32 only. Shapes: N samples, I/O/C channels, H, W height and width of a layer's or block's picture, h, w those of
+the grid.
 """
 
 # The mutable defaults below are part of the public signatures and are never written to.
@@ -414,7 +415,7 @@ class SpadeGenerator(torch.nn.Module):
 
     def __init__(
         self, z_dim, c_dim, w_dim, img_resolution, img_channels, latent_grid=[4, 4], mapping_kwargs={},
-        synthesis_kwargs={}, img_shape=None,
+        synthesis_kwargs={}, img_shape=None, **flat_synthesis_kwargs
     ):  # fmt: skip
         super().__init__()
         blocks = latent_grid[0] * latent_grid[1]
@@ -426,7 +427,12 @@ class SpadeGenerator(torch.nn.Module):
         self.latent_grid = [int(side) for side in latent_grid]
         self.block_z_dim, self.block_w_dim = z_dim // blocks, w_dim // blocks
         self.synthesis = SpadeSynthesisNetwork(
-            w_dim, img_resolution, img_channels, latent_grid, img_shape=img_shape, **synthesis_kwargs
+            w_dim,
+            img_resolution,
+            img_channels,
+            latent_grid,
+            img_shape=img_shape,
+            **dict(synthesis_kwargs, **flat_synthesis_kwargs),
         )
         self.img_shape, self.num_ws = list(self.synthesis.img_shape), self.synthesis.num_ws
         self.mapping = SpatialMappingNetwork(z_dim, c_dim, w_dim, self.num_ws, latent_grid, **mapping_kwargs)

@@ -26,9 +26,9 @@ def transfer(source, G, D, G_ema, allow=()):
     table.
 
     Every tensor goes to its counterpart of the same name. A StyleGAN2's w_avg [C] becomes the same vector in
-    every block; one of another grid is resampled. The encoder stays as it is where the source has none (the
-    training loop makes G_ema as a copy of G, so both have the same one), and so do SPADE's own tensors. allow: differences that may be, of
-    training.transfer.CATEGORIES; any other is a CoverageError.
+    every block; one of another grid is resampled. The encoder stays as it is where the source has none, as do
+    SPADE's own tensors (the training loop makes G_ema as a copy of G, so both have the same ones). allow:
+    differences that may be, of training.transfer.CATEGORIES; any other is a CoverageError.
     """
     pairs = {
         "G": (_adapted(source["G"], G), G),
