@@ -87,6 +87,7 @@ def spade(c, opts):
             f"--resume: --cfg=spade knows the architecture 'skip' only, not {synthesis.architecture!r}"
         )
     c.G_kwargs.synthesis_kwargs = dnnlib.EasyDict({k: v for k, v in synthesis.items() if k in SPADE_TAKES})
+    c.tick_hooks.append("ssn_ext.hooks.AverageStatistics")
 
 
 def widths_of(source, c, img_shape):
