@@ -9,6 +9,7 @@ Constant noise, and everything else from the seeds: the same call makes the same
 those that resample.py numbers 1, 2, ... for the same seed and blocks.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from training.shapes import shape_of
 
 DEMO_NETWORK = demo_file("lorelei32.pkl")
 LARGEST_CELL = 256  # pixels a side of the pictures among feature maps
+MOST_ROWS = 8  # that `adapt` draws; what it prints is over all seeds
 NORM_LIMIT = 6  # feature maps show no more than this multiple of their mean
 BLANK = (225, 225, 228)  # what a map leaves out
 CHANGE_NOTE = "change of a pixel (root mean square; the pictures' range is 2)"
@@ -53,6 +55,22 @@ def seam_energy(picture: torch.Tensor, mask: torch.Tensor) -> float:
 def paste(picture: torch.Tensor, source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """picture [C, H, W] with the pixels of the mask [H, W] taken from source: nothing outside changes."""
     return torch.where(mask, source, picture)
+
+
+def summarise_seams(seams: Sequence[dict[str, float]]) -> dict[str, tuple[float, float]]:
+    """Name -> (sum of energies / sum of those of 'before', standard error over pictures) of several `Edit.seams`.
+
+    NaN where the pictures have no gradient there; the error is that of a ratio of means, to first order, and NaN for
+    a single picture.
+    """
+    table = {name: np.array([each[name] for each in seams]) for name in seams[0]}
+    before = table.pop("before")
+    result = {}
+    for name, energy in table.items():
+        ratio = energy.sum() / before.sum() if before.sum() > 0 else np.nan
+        spread = (energy - ratio * before).std(ddof=1) if len(before) > 1 else np.nan
+        result[name] = (float(ratio), float(spread / max(before.mean(), 1e-30) / len(before) ** 0.5))
+    return result
 
 
 # Edits.
@@ -270,7 +288,7 @@ def main() -> None:
     CANDIDATE,
 )  # fmt: skip
 def rows(**given) -> None:
-    """Rows of originals, re-drawn pictures and changes: figures 2, 6 and 7."""
+    """Originals, re-drawn, changes: figures 2, 6, 7."""
     with user_errors():
         out, G, label = _prepare("rows", given["network"], given)
         resampling.check_network(G)
@@ -294,10 +312,10 @@ def rows(**given) -> None:
     CANDIDATE,
 )
 def adapt(**given) -> None:
-    """Where the rest adapts, beside pasting the block in the picture: figure 8.
+    """Where the rest adapts, and pasting: figure 8.
 
     Pasting leaves the rest exactly as it was and shows at the border. Seams are the gradient energy there, relative to
-    the untouched picture's; the last lines are over all pictures together.
+    the untouched picture's. The first 8 seeds are drawn, the printed numbers are over all of them.
     """
     with user_errors():
         out, G, label = _prepare("adapt", given["network"], given)
@@ -310,11 +328,12 @@ def adapt(**given) -> None:
             raise ValueError(
                 f"--blocks={given['blocks']} is the whole picture: nothing is left that could adapt"
             )
-        _write(out, adapt_figure(edits, f"{_named(blocks)} re-drawn".capitalize()))
-        seams = [edit.seams() for edit in edits]
-        before = sum(each["before"] for each in seams)
-        for name in ("re-drawn", "pasted", "donor pasted"):
-            click.echo(f"seam, {name}: {_ratio(sum(each[name] for each in seams), before)}")
+        _write(out, adapt_figure(edits[:MOST_ROWS], f"{_named(blocks)} re-drawn".capitalize()))
+        if len(edits) > MOST_ROWS:
+            click.echo(f"It shows the first {MOST_ROWS} of {len(edits)} pictures.")
+        for name, (ratio, error) in summarise_seams([edit.seams() for edit in edits]).items():
+            more = f" +- {error:.2f}" if math.isfinite(error) else ""
+            click.echo(f"seam, {name}: {ratio:.2f}{more}")
 
 
 @main.command()
@@ -326,7 +345,9 @@ def adapt(**given) -> None:
 )
 @_options()
 def droplets(**given) -> None:
-    """Feature norms of every layer, where droplets show: figure 4. For any generator of the family.
+    """Feature norms of every layer: figure 4.
+
+    For any generator of the family. Droplets show as small spots that are far stronger than the rest.
 
     The numbers are peaks over means. calc_metrics.py --metrics=droplet averages them over 256 pictures.
     """

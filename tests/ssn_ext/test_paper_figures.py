@@ -88,6 +88,22 @@ def test_seam_energy_of_a_step():
     assert paper_figures.seam_energy(step, torch.ones(6, 8, dtype=torch.bool)) == 0
 
 
+def test_summary_of_seams():
+    """Equal ratios have no error; others that of leaving out one picture at a time, to first order."""
+    alike = [{"before": b, "pasted": 3 * b} for b in (0.5, 1.0, 2.0)]
+    assert paper_figures.summarise_seams(alike) == {"pasted": (pytest.approx(3), pytest.approx(0, abs=1e-12))}
+    rnd = np.random.RandomState(0)
+    before, pasted = 1 + 0.3 * rnd.rand(400), 2 + rnd.rand(400)
+    got = paper_figures.summarise_seams(
+        [{"before": b, "pasted": p} for b, p in zip(before, pasted, strict=True)]
+    )
+    left_out = (pasted.sum() - pasted) / (before.sum() - before)
+    jackknife = np.sqrt(399 / 400 * np.square(left_out - left_out.mean()).sum())
+    assert got["pasted"] == (pytest.approx(pasted.sum() / before.sum()), pytest.approx(jackknife, rel=0.01))
+    flat = paper_figures.summarise_seams([{"before": 0.0, "pasted": 1.0}])["pasted"]
+    assert np.isnan(flat).all()
+
+
 def test_pasting_leaves_the_rest_bit_for_bit():
     torch.manual_seed(0)
     old, new = torch.randn(2, 3, 8, 8)
@@ -155,6 +171,9 @@ def test_adapt(draw, snapshot):
             total[name] += float(steps) / 16
     assert f"seam, pasted: {total['pasted'] / total['before']:.2f}" in output
     assert torch.equal(edits[0].before, edits[0].before.clamp(-1, 1))
+    many, output = draw("adapt", f"--network={snapshot}", "--seeds=0-8", "--blocks=0", out="many.png")
+    assert many.shape[0] == upper + 8 * (size + 36 + GAP) + 26
+    assert "It shows the first 8 of 9 pictures." in output
 
 
 def test_droplets(draw, snapshot, plain):
