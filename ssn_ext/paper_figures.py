@@ -352,14 +352,18 @@ def droplets(**given) -> None:
     The numbers are peaks over means. calc_metrics.py --metrics=droplet averages them over 256 pictures.
     """
     with user_errors():
-        lines = []
-        for network in given["network"] or [DEMO_NETWORK]:
+        lines, networks = [], given["network"] or [DEMO_NETWORK]
+        for number, network in enumerate(networks, 1):
             out, G, label = _prepare("droplets", network, given)
+            name = type(G).__name__
+            if len(networks) > 1:
+                name = f"{number}: {name}"
+                click.echo(f"{name}, {network}")
             for seed in given["seeds"]:
                 ws = generating.map_seed(G, seed, label, given["trunc"], next(G.parameters()).device)
                 picture, norms = droplet_maps.feature_norms(G, ws)
-                name = f"{type(G).__name__}\nseed {seed}"
-                lines.append((name, picture[0], {layer: each[0] for layer, each in norms.items()}))
+                first = {layer: each[0] for layer, each in norms.items()}
+                lines.append((f"{name}\nseed {seed}", picture[0], first))
         _write(out, droplet_figure(lines))
 
 

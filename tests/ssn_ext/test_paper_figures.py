@@ -178,7 +178,8 @@ def test_adapt(draw, snapshot):
 
 def test_droplets(draw, snapshot, plain):
     """Several networks, with and without a grid; the number under a map is its peak over its mean."""
-    sheet, _output = draw("droplets", f"--network={snapshot}", f"--network={plain}", "--seeds=0-1")
+    sheet, output = draw("droplets", f"--network={snapshot}", f"--network={plain}", "--seeds=0-1")
+    assert f"1: SpatialGenerator, {snapshot}" in output and f"2: Generator, {plain}" in output
     side = 192
     layers = 7  # of the larger network: b4.conv1 to b32.conv1
     assert sheet.shape[1] == GAP + (layers + 1) * (side + GAP)
