@@ -41,8 +41,8 @@ def register():
         desc="plblock{:g}",
         type=click.FloatRange(min=0, min_open=True),
         metavar="FLOAT",
-        help="Path lengths of one block at a time, which below 1 may move the others only so much as its own"
-        " (appendix B of the paper, a negative result there)  [default: StyleGAN2's path lengths]",
+        help="Path lengths by block, appendix B of the paper (a negative result there): w of a block moves the other"
+        " blocks at this part of its own one's rate  [default: StyleGAN2's path lengths]",
         **group,
     )
     add_option(
