@@ -50,8 +50,44 @@ def ssn(c, opts):
     c.loss_kwargs.lambda_d = 100.0 if opts.lambda_d is None else opts.lambda_d
     if opts.dist_blocks:
         c.loss_kwargs.dist_blocks = opts.dist_blocks
+    if opts.pl_block_beta is not None:
+        c.loss_kwargs.update(class_name="ssn_ext.loss.BlockPathLengthLoss", pl_block_beta=opts.pl_block_beta)
     c.transfer = "ssn_ext.transfer.transfer"
     c.tick_hooks.append("ssn_ext.hooks.ChangeMaps")
+
+
+# Options of a synthesis network that mean the same to SPADE.
+SPADE_TAKES = [
+    *(
+        "channel_base",
+        "channel_max",
+        "architecture",
+        "use_noise",
+        "activation",
+        "resample_filter",
+        "encoder_kwargs",
+    ),
+]
+
+
+def spade(c, opts):
+    """SPADE in the place of spatially modulated convolutions, for comparison: batch statistics, scale and shift.
+
+    All else is --cfg=ssn. From a StyleGAN2 it takes what SSNs take, but does not begin with its pictures.
+    """
+    if opts.precision not in (None, "fp32"):
+        raise ConfigError(
+            f"--precision={opts.precision} cannot be had with --cfg=spade, which computes in float32"
+        )
+    ssn(c, opts)
+    c.G_kwargs.class_name = "ssn_ext.spade_networks.SpadeGenerator"
+    synthesis = c.G_kwargs.synthesis_kwargs
+    if synthesis.get("architecture", "skip") != "skip":
+        raise ConfigError(
+            f"--resume: --cfg=spade knows the architecture 'skip' only, not {synthesis.architecture!r}"
+        )
+    c.G_kwargs.synthesis_kwargs = dnnlib.EasyDict({k: v for k, v in synthesis.items() if k in SPADE_TAKES})
+    c.tick_hooks.append("ssn_ext.hooks.AverageStatistics")
 
 
 def widths_of(source, c, img_shape):

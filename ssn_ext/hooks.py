@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tick hook of spatial generators: a sheet of change maps beside each grid of fakes."""
+"""Tick hooks of spatial generators: a sheet of change maps beside each grid of fakes, and SPADE's statistics."""
 
 import numpy as np
 import torch
@@ -9,6 +9,8 @@ from torch_utils.images import to_uint8, write_png
 from training.hooks import Hook
 
 PICTURES = 6
+STATISTICS_OF = 256  # pictures
+STATISTICS_BATCH = 32
 
 
 class ChangeMaps(Hook):
@@ -43,3 +45,42 @@ class ChangeMaps(Hook):
             list(before), [[step[n] for step in after] for n in range(PICTURES)], shown, G.latent_grid
         )
         write_png(self.path(f"changes{run.counters.nimg // 1000:06d}.png"), sheet)
+
+
+class AverageStatistics(Hook):
+    """Measures the batch statistics of G_ema anew before each tick shows, saves or judges its pictures.
+
+    Those that G keeps while it trains, which the weight average copies, belong to other weights.
+    """
+
+    def start(self):
+        """Draws the latents, from the run's seed alone, so that all processes agree."""
+        run = self.run
+        rnd = torch.Generator().manual_seed(run.c.random_seed)
+        self.z = torch.randn([STATISTICS_OF, run.G.z_dim], generator=rnd)
+        self.c = torch.zeros([STATISTICS_OF, run.G.c_dim])
+        if run.G.c_dim:
+            picks = torch.randint(len(run.training_set), [STATISTICS_OF], generator=rnd).tolist()
+            self.c = torch.from_numpy(np.stack([run.training_set.get_label(i) for i in picks]))
+
+    def step(self):
+        """Measures, where a tick comes next."""
+        run = self.run
+        if run.tick_due():
+            measure_statistics(run.G_ema, self.z.to(run.device), self.c.to(run.device))
+
+
+@torch.no_grad()
+def measure_statistics(G, z, c):
+    """Sets the running statistics of a SPADE generator to their means over batches of these latents.
+
+    z [N, z_dim], c [N, c_dim]; constant noise. Only layers with statistics work in training mode meanwhile.
+    """
+    layers = [module for module in G.modules() if hasattr(module, "running_var")]
+    for layer in layers:
+        layer.count.zero_()
+        layer.train()
+    for part, labels in zip(z.split(STATISTICS_BATCH), c.split(STATISTICS_BATCH), strict=True):
+        G(part, labels, noise_mode="const")
+    for layer in layers:
+        layer.eval()

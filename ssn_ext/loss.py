@@ -5,7 +5,8 @@ phase."""
 import torch
 
 from ssn_ext import blocks, distortion
-from torch_utils import training_stats
+from torch_utils import distributed, training_stats
+from torch_utils.ops import conv2d_gradfix
 from training.loss import PhaseRow, StyleGAN2Loss
 
 
@@ -61,6 +62,66 @@ def estimate_distortion(G_mapping, G_synthesis, z, c, num_blocks=1):
         after = noise.run(G_synthesis, blocks.replace_blocks(ws, other, block, grid))
         total = total + distortion.outside_change(before, after, masks[block])
     return total / num_blocks
+
+
+class BlockPathLengthLoss(DistortionRegularizedLoss):
+    """The same with path lengths weighted by block, appendix B of the SSN paper, in place of StyleGAN2's.
+
+    Its eq. (15) is lost in every copy of the paper that we have; this is a reconstruction from its text. With a block a
+    drawn per sample, m = 1 on the pixels of block a and 1 / pl_block_beta elsewhere, and y white noise:
+
+        pl_weight * (|J_a^T (m y)| - running mean)^2,     J_a = d image / d w_a
+
+    So w_a moves its own block at an even rate, and for pl_block_beta < 1 the others at pl_block_beta of that rate. For
+    1 it is StyleGAN2's path length for the directions of one block. `pl_block_mean` is the running mean.
+    """
+
+    TERMS = {
+        **DistortionRegularizedLoss.TERMS,
+        "Greg": ["block_path_length"],
+        "Gboth": ["adversarial", "block_path_length"],
+    }
+
+    def __init__(self, *args, pl_block_beta=1, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pl_block_beta = pl_block_beta
+        self.pl_block_mean = torch.zeros([], device=self.device)
+
+    def block_path_length(self, batch):
+        """The penalty of the class's description, [N']. Random draws after those of run_G: blocks, then y."""
+        if self.pl_weight == 0:
+            return None
+        size = max(batch.gen_z.shape[0] // self.pl_batch_shrink, 1)
+        img, ws = self.run_G(batch.gen_z[:size], batch.gen_c[:size])
+        lengths = block_path_lengths(img, ws, self.G_mapping.latent_grid, self.pl_block_beta)
+        mean = self.pl_block_mean.lerp(lengths.mean(), self.pl_decay)
+        self.pl_block_mean = distributed.average(mean)  # one for all processes, as pl_mean
+        penalty = training_stats.report("Loss/pl_penalty", (lengths - mean).square())
+        return training_stats.report("Loss/G/reg", penalty * self.pl_weight)
+
+    def state_dict(self):
+        """The running means."""
+        return {**super().state_dict(), "pl_block_mean": self.pl_block_mean}
+
+    def load_state_dict(self, state):
+        """Restores the running means."""
+        super().load_state_dict(state)
+        self.pl_block_mean = state["pl_block_mean"].to(self.device)
+
+
+def block_path_lengths(img, ws, grid, beta):
+    """|J_a^T (m y)| of one random block a per sample -> [N]; see BlockPathLengthLoss. img [N, C, H, W] was made of
+    ws [N, num_ws, w_dim]; layers count as in StyleGAN2: the mean over them of squared norms. Gradients flow."""
+    count, height, width = img.shape[0], *img.shape[2:]
+    picks = torch.randint(grid[0] * grid[1], [count], device=img.device)
+    noise = torch.randn_like(img) / (height * width) ** 0.5
+    inside = blocks.block_masks(grid, [height, width], device=img.device)[picks]  # [N, H, W]
+    noise = torch.where(inside[:, None], noise, noise / beta)
+    with conv2d_gradfix.no_weight_gradients():
+        (jacobian,) = torch.autograd.grad([(img * noise).sum()], [ws], create_graph=True)
+    by_block = jacobian.reshape(count, ws.shape[1], -1, grid[0] * grid[1])  # [N, num_ws, C, B]
+    own = by_block[torch.arange(count, device=img.device), :, :, picks]  # [N, num_ws, C]
+    return own.square().sum(dim=2).mean(dim=1).sqrt()
 
 
 class NoiseReplay:

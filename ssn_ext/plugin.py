@@ -11,10 +11,14 @@ from training.formats import NETWORKS
 def register():
     """Called once by dnnlib.plugins.load_plugins."""
     CONFIGS.register("ssn", "ssn_ext.config.ssn")
+    CONFIGS.register("spade", "ssn_ext.config.spade")
     NETWORKS.register("SpatialGenerator", "ssn_ext.networks.SpatialGenerator")
+    NETWORKS.register("SpadeGenerator", "ssn_ext.spade_networks.SpadeGenerator")
     METRICS.register("ldbr_dist", "ssn_ext.metric.ldbr_dist")
     METRICS.register("ldbr_floor", "ssn_ext.metric.ldbr_floor")
-    group = dict(heading="ssn_ext", configs=["ssn"])
+    METRICS.register("droplet", "ssn_ext.droplets.droplet")
+    group = dict(heading="ssn_ext", configs=["ssn", "spade"])
+    modulation = dict(heading="ssn_ext", configs=["ssn"])
     add_option(
         "--lambda-d",
         desc="lambda{:g}",
@@ -33,6 +37,15 @@ def register():
         **group,
     )
     add_option(
+        "--pl-block-beta",
+        desc="plblock{:g}",
+        type=click.FloatRange(min=0, min_open=True),
+        metavar="FLOAT",
+        help="Path lengths by block, appendix B of the paper (a negative result there): w of a block moves the other"
+        " blocks at this part of its own one's rate  [default: StyleGAN2's path lengths]",
+        **group,
+    )
+    add_option(
         "--latent-grid",
         desc="grid{}",
         metavar="HxW",
@@ -45,11 +58,11 @@ def register():
         type=click.Choice(["exact", "random", "none"]),
         help="Start of the spatial encoder: as the StyleGAN2 of --resume, at random as in the paper, or no encoder"
         "  [default: exact]",
-        **group,
+        **modulation,
     )
     add_option(
         "--demodulation",
         type=click.Choice(["circular", "zero-padded"]),
         help="Borders of eq. (14): circular is exact at the start  [default: circular]",
-        **group,
+        **modulation,
     )

@@ -15,14 +15,20 @@ def is_encoder(name):
     return any(part.startswith("encoder") for part in name.split("."))
 
 
+def is_spade(name):
+    """Whether a tensor belongs to what SPADE's layers have and spatially modulated ones have not: statistics and
+    shifts."""
+    return any(part in ("norm", "shift", "encoder_shift") for part in name.split("."))
+
+
 def transfer(source, G, D, G_ema, allow=()):
     """Fills G, D and G_ema from a snapshot of a StyleGAN2 or of a spatial generator; rows of the coverage
     table.
 
     Every tensor goes to its counterpart of the same name. A StyleGAN2's w_avg [C] becomes the same vector in
-    every block; one of another grid is resampled. The encoder stays as it is where the source has none (the
-    training loop makes G_ema as a copy of G, so both have the same one). allow: differences that may be, of
-    training.transfer.CATEGORIES; any other is a CoverageError.
+    every block; one of another grid is resampled. The encoder stays as it is where the source has none, as do
+    SPADE's own tensors (the training loop makes G_ema as a copy of G, so both have the same ones). allow:
+    differences that may be, of training.transfer.CATEGORIES; any other is a CoverageError.
     """
     pairs = {
         "G": (_adapted(source["G"], G), G),
@@ -38,8 +44,10 @@ def spatial_from(source, target, allow=()):
 
 
 def _fresh(source):
-    """Which tensors need no counterpart in the source: those of the encoder, where it has none."""
-    return (lambda name: False) if hasattr(source, "latent_grid") else is_encoder
+    """Which tensors need no counterpart in the source: those of the encoder, where it has none, and SPADE's own."""
+    if hasattr(source, "latent_grid"):
+        return is_spade
+    return lambda name: is_encoder(name) or is_spade(name)
 
 
 def _adapted(source, target):

@@ -24,7 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 
 # The modules whose source goes into pickles.
-MODULES = ["training/networks.py", "training/augment.py", "ssn_ext/networks.py"]
+MODULES = ["training/networks.py", "training/augment.py", "ssn_ext/networks.py", "ssn_ext/spade_networks.py"]
 
 # What every checkout of the family has: name -> arguments to be passed by keyword (None: not a function).
 OUTSIDE = {
@@ -223,6 +223,13 @@ OBJECTS = {
     "SSN": (
         "ssn_ext.networks",
         "SpatialGenerator",
+        dict(GENERATOR, z_dim=32, w_dim=32, latent_grid=[2, 2]),
+        [2, 32],
+        dict(c=None, noise_mode="const"),
+    ),
+    "SPADE": (
+        "ssn_ext.spade_networks",
+        "SpadeGenerator",
         dict(GENERATOR, z_dim=32, w_dim=32, latent_grid=[2, 2]),
         [2, 32],
         dict(c=None, noise_mode="const"),

@@ -325,7 +325,7 @@ def test_options_do_what_they_say(tmp_path):
             ["--initstrength=resume"],
             "--initstrength=resume needs a --resume file that was trained with augmentation",
         ),
-        (["--lambda-d=5"], "--lambda-d has no use with --cfg=auto; it goes with ssn"),
+        (["--lambda-d=5"], "--lambda-d has no use with --cfg=auto; it goes with ssn, spade"),
         (["--cfg=ssn", "--set=loss_kwargs.kwargs=1"], "--set loss_kwargs.kwargs: kwargs is not known there"),
         (
             ["--cfg=ssn", "--latent-grid=64x64"],
@@ -434,7 +434,7 @@ HELP_GROUPS = {
     "Transfer": "--resume --allow-partial --freezed --trust-pickle",
     "Performance": "--batch-gpu --precision --fp32 --nhwc --ops --nobench --allow-tf32 --workers",
     "Logging": "--log --best --keep-last",
-    "Options of ssn_ext": "--lambda-d --dist-blocks --latent-grid --encoder-init --demodulation",
+    "Options of ssn_ext": "--lambda-d --dist-blocks --pl-block-beta --latent-grid --encoder-init --demodulation",
 }
 
 
