@@ -104,7 +104,7 @@ class Lambdas(click.ParamType):
     "--options",
     default="",
     metavar="OPTIONS",
-    help="Options of train.py for all runs but the base, baseline included",
+    help="Options of train.py for all runs",
 )
 @click.option(
     "--train-seeds",

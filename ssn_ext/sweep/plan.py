@@ -38,7 +38,7 @@ class Settings:
     kimg: int
     lambdas: tuple
     variants: dict  # name -> options of train.py, '--key=value' each
-    options: tuple  # of all runs but the base
+    options: tuple  # of all runs
     train_seeds: tuple
     metrics: tuple
     metric_seeds: tuple
@@ -113,7 +113,7 @@ def make_runs(s):
     """(the base, the other runs): first the continued baseline, then lambda ascending, then the variants as given, each
     with every training seed. ValueError for names that clash and options that are the sweep's own."""
     common = [f"--cfg={s.cfg}", *s.options]
-    base = Run(BASE, None, (f"--cfg={s.cfg}",), os.path.join(s.outdir, BASE), s.base_kimg, s.base)
+    base = Run(BASE, None, tuple(common), os.path.join(s.outdir, BASE), s.base_kimg, s.base)
     if s.base is not None:
         number = re.search(r"network-snapshot-(\d+)\.pkl$", s.base)
         base = Run(BASE, None, (), base.folder, int(number[1]) if number else None, s.base)

@@ -2,12 +2,14 @@
 """The Pareto plot of a sweep: distance against distortion, with the floors under the distortion (docs/limit.md)."""
 
 import math
+import statistics
 
 from ssn_ext.sweep import plan
 
 MISSING = "the plot needs matplotlib: python -m pip install matplotlib, then run the same command again"
-SIZE, DPI = (8.0, 5.2), 150  # 1200 pixels wide
+SIZE, DPI = (8.0, 5.6), 150  # 1200 pixels wide
 INK, SOFT, FAINT = "#222222", "#767676", "#b4b4b4"
+BOX = dict(facecolor="white", alpha=0.8, edgecolor="none", pad=1)  # behind text
 STYLE = {
     "font.size": 10.5,
     "font.family": "sans-serif",
@@ -19,7 +21,7 @@ STYLE = {
     "axes.labelcolor": INK,
 }
 # Where a label may stand: distances from its marker in points, and directions, the best first.
-DISTANCES = [9, 13, 18, 25, 34, 45, 60]
+DISTANCES = [9, 13, 18, 25, 34, 45, 60, 80, 105, 135]
 ANGLES = [0, 45, 90, 315, 270, 135, 180, 225, 22, 67, 337, 292, 112, 157, 202, 247]
 
 
@@ -66,11 +68,19 @@ def draw(rows, quality):
         _set_up(axes, singles, shown, quality)
         obstacles = _floors(axes, shown, quality) + _baselines(axes, singles, quality)
         obstacles += _runs(figure, axes, shown, quality)
+        _legend(figure, shown)
         figure.canvas.draw()  # from here on everything has its place
         figure.set_layout_engine("none")
-        several = len({row.seed for row in shown}) > 1
-        texts = [f"{row.name}, seed {row.seed}" if several else row.name for row in shown]
-        places = [(row.values["ldbr_dist"].mean, row.values[quality].mean) for row in shown]
+        names = list(dict.fromkeys(row.name for row in shown))
+        groups = [[row for row in shown if row.name == name] for name in names]
+        places = [
+            tuple(statistics.fmean(row.values[key].mean for row in group) for key in ("ldbr_dist", quality))
+            for group in groups
+        ]
+        texts = [
+            f"{name} ({len(group)}x)" if len(group) > 1 else name
+            for name, group in zip(names, groups, strict=True)
+        ]
         _label(figure, axes, texts, places, obstacles)
     return figure
 
@@ -79,20 +89,33 @@ def _set_up(axes, singles, shown, quality):
     """Axes, limits and grid."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+    def plain(value, _position):
+        return f"{value:.9f}".rstrip("0").rstrip(".")
+
     x = [row.values["ldbr_dist"].mean for row in shown]
     x += [
         row.values[key].mean for row in shown for key in ("ldbr_floor", "ldbr_floor_own") if key in row.values
     ]
-    y = [row.values[quality].mean for row in singles if quality in row.values]
     low, high = math.log10(min(x)), math.log10(max(x))
     margin = 0.12 * max(high - low, 0.5)
     axes.set_xscale("log")
     axes.set_xlim(10 ** (low - margin), 10 ** (high + 1.4 * margin))
-    spread = max(max(y) - min(y), 0.02 * abs(max(y)), 1e-12)
-    axes.set_ylim(min(y) - 0.14 * spread, max(y) + 0.16 * spread)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high - low < 2.5 else (1,)))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high - low < 1.6 else (1,)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _position: f"{value:g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(plain))
+
+    y = [row.values[quality].mean for row in singles if quality in row.values]
+    low, high = min(y), max(y)
+    if low > 0 and high > 2.5 * low:  # far apart: those near the best would lie on one another
+        margin = 0.12 * math.log(high / low)
+        axes.set_yscale("log")
+        axes.set_ylim(low * math.exp(-margin), high * math.exp(margin))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(plain))
+    else:
+        spread = max(high - low, 0.02 * abs(high), 1e-12)
+        axes.set_ylim(low - 0.14 * spread, high + 0.16 * spread)
     axes.grid(color="#ececec", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -119,6 +142,7 @@ def _floors(axes, shown, quality):
             va="top",
             fontsize=9.5,
             color="#a04700",
+            bbox=dict(BOX),
         )
         obstacles.append(text)
     for row in shown:
@@ -141,15 +165,16 @@ def _baselines(axes, singles, quality):
     if lines:
         seeds = f", {len(lines)} trainings" if len(lines) > 1 else ""
         text = axes.annotate(
-            f"baseline: StyleGAN2 trained on{seeds}",
-            (1, min(row.values[quality].mean for row in lines)),
+            f"{plan.BASELINE}: StyleGAN2 trained on{seeds}",
+            (0, min(row.values[quality].mean for row in lines)),
             xycoords=("axes fraction", "data"),
-            xytext=(-4, -4),
+            xytext=(5, -4),
             textcoords="offset points",
-            ha="right",
+            ha="left",
             va="top",
             fontsize=9.5,
             color="#005a8d",
+            bbox=dict(BOX),
         )
         obstacles.append(text)
     return obstacles
@@ -161,13 +186,14 @@ def _runs(figure, axes, shown, quality):
     from matplotlib.colors import Normalize
 
     kept = [row.values["ldbr_floor_kept"].mean for row in shown if "ldbr_floor_kept" in row.values]
-    shades = ScalarMappable(Normalize(0, 1), "cividis")
+    shades = ScalarMappable(Normalize(0, 1), "viridis")
+    artists = []
     for seed in dict.fromkeys(row.seed for row in shown):
         chain = [row for row in shown if row.seed == seed and row.name.startswith("lambda")]
         chain.sort(key=lambda row: row.lambda_d)
         points = [(row.values["ldbr_dist"].mean, row.values[quality].mean) for row in chain]
-        axes.plot(*zip(*points, strict=True), color=SOFT, linewidth=1, zorder=1.8) if points else None
-    markers = []
+        if points:
+            artists += axes.plot(*zip(*points, strict=True), color=SOFT, linewidth=1, zorder=1.8, gid="chain")
     for row in shown:
         x, y = row.values["ldbr_dist"], row.values[quality]
         value = row.values.get("ldbr_floor_kept")
@@ -177,7 +203,7 @@ def _runs(figure, axes, shown, quality):
             xerr=x.error,
             yerr=y.error,
             fmt="o" if row.name.startswith("lambda") else "D",
-            markersize=10 if row.name.startswith("lambda") else 9,
+            markersize=10 if len(shown) < 9 else 8,
             markerfacecolor="white" if value is None else shades.to_rgba(value.mean),
             markeredgecolor=INK,
             markeredgewidth=1,
@@ -186,19 +212,41 @@ def _runs(figure, axes, shown, quality):
             capsize=3,
             zorder=3,
         )
-        markers.append(bars.lines[0])
-        markers += bars.lines[2]
+        artists += [bars.lines[0], *bars.lines[2]]
     if kept:
         bar = figure.colorbar(shades, ax=axes, pad=0.02, fraction=0.05, aspect=28)
         bar.set_label("share of the data's covariance kept")
         bar.outline.set_edgecolor(SOFT)
-    return markers
+    return artists
+
+
+def _legend(figure, shown):
+    """What the marks mean, below the plot."""
+    from matplotlib.lines import Line2D
+
+    marker = dict(linestyle="none", markerfacecolor="white", markeredgecolor=INK, markersize=8)
+    handles = [
+        Line2D([], [], marker="o", label="SSN, by lambda", **marker),
+        Line2D([], [], marker="D", label="other methods", **marker),
+        Line2D(
+            [], [], color=FAINT, marker="|", markeredgecolor=SOFT, markersize=8, label="down to its own floor"
+        ),
+    ]
+    used = [
+        any(row.name.startswith("lambda") for row in shown),
+        any(not row.name.startswith("lambda") for row in shown),
+        any("ldbr_floor_own" in row.values for row in shown),
+    ]
+    handles = [handle for handle, there in zip(handles, used, strict=True) if there]
+    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=9.5)
 
 
 def _label(figure, axes, texts, places, obstacles):
     """Writes each text beside its place where it covers least of the obstacles, the others' texts included."""
     renderer = figure.canvas.get_renderer()
-    taken = [obstacle.get_window_extent(renderer) for obstacle in obstacles]
+    taken = []
+    for obstacle in obstacles:
+        taken += _boxes(axes, obstacle, renderer)
     frame = axes.get_window_extent(renderer)
     order = sorted(range(len(texts)), key=lambda i: places[i])
     for i in order:
@@ -213,12 +261,16 @@ def _label(figure, axes, texts, places, obstacles):
                 if best is None or covered + 2 * distance < best[0]:
                     best = covered + 2 * distance, dx, dy, distance, box
         _cost, dx, dy, distance, box = best
-        _annotate(axes, texts[i], places[i], dx, dy, line=distance > 18)
+        _annotate(axes, texts[i], places[i], dx, dy)
+        if distance > 13:
+            _annotate(
+                axes, "", places[i], dx, dy, arrowprops=dict(arrowstyle="-", color=SOFT, lw=0.8, shrinkB=3)
+            )
         taken.append(box)
 
 
-def _annotate(axes, text, place, dx, dy, line=False):
-    """A label so many points beside a place, with a thin line to it where it is far."""
+def _annotate(axes, text, place, dx, dy, **line):
+    """A label so many points beside a place; or, below all labels, the line there."""
     return axes.annotate(
         text,
         place,
@@ -226,10 +278,22 @@ def _annotate(axes, text, place, dx, dy, line=False):
         textcoords="offset points",
         ha="left" if dx > 2 else "right" if dx < -2 else "center",
         va="bottom" if dy > 2 else "top" if dy < -2 else "center",
-        arrowprops=dict(arrowstyle="-", color=SOFT, linewidth=0.7, shrinkB=5) if line else None,
-        gid="label",
-        zorder=4,
+        bbox=dict(BOX) if text else None,
+        gid="label" if text else None,
+        zorder=4 if text else 2.5,
+        **line,
     )
+
+
+def _boxes(axes, artist, renderer):
+    """The boxes on the picture that an artist covers: of a slanting line, many small ones along it."""
+    from matplotlib.transforms import Bbox
+
+    if artist.get_gid() != "chain":
+        return [artist.get_window_extent(renderer)]
+    points = axes.transData.transform(artist.get_xydata())
+    steps = [(a + (b - a) * i / 40) for a, b in zip(points, points[1:], strict=False) for i in range(41)]
+    return [Bbox.from_bounds(x - 1, y - 1, 2, 2) for x, y in steps]
 
 
 def _overlap(a, b):

@@ -253,8 +253,8 @@ def markdown(rows, notes, s, title, provenance):
             "name",
             "train seed",
             "distortion falls by",
-            f"{quality or 'distance'} rises by",
-            "distance against baseline",
+            f"{quality or 'distance'} over lambda 0's",
+            "over the baseline's",
         ]
         body = [
             [
