@@ -190,7 +190,8 @@ def main(**options):
         if o.report:
             for run in sweep.everything:
                 plan.check_recorded(run, s)
-            raise SystemExit(write(sweep))
+            write(sweep)
+            return
         with work.stop_on_signals(processes, say):
             try:
                 sweep.check(o.images_per_second)
@@ -247,6 +248,11 @@ def make_settings(o):
     )
 
 
+def duration_or(seconds, nothing):
+    """A duration in words; `nothing` for zero, '?' for None."""
+    return nothing if seconds == 0 else "?" if seconds is None else work.duration(seconds)
+
+
 def show(sweep):
     """Prints the plan: what each run lacks, and how long that takes."""
     s = sweep.s
@@ -260,20 +266,12 @@ def show(sweep):
         lines.append(
             [
                 row.run.title,
-                " ".join(row.run.options),
+                " ".join(text for text in row.run.options if text not in s.options),
                 kimg,
                 "" if row.speed is None or row.training == 0 else f"{row.speed:.3g}",
-                "there"
-                if row.training == 0
-                else "?"
-                if row.training is None
-                else work.duration(row.training),
+                duration_or(row.training, "there"),
                 f"{row.lines - row.lines_missing} of {row.lines}",
-                ""
-                if not row.lines_missing
-                else "?"
-                if row.measuring is None
-                else work.duration(row.measuring),
+                duration_or(row.measuring, ""),
             ]
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
@@ -295,20 +293,20 @@ def launch(sweep):
             write(sweep)
             say("Stopped; the same command goes on.")
             return 130
-        status = write(sweep)
+        write(sweep)
         for failure in failures:
             say(f"Failed: {failure}")
-        return 1 if failures else status
+        return 1 if failures else 0
 
 
 def write(sweep):
-    """Writes the table and the plot of what is there, and says where; the exit status."""
+    """Writes the table and the plot of what is there, and says where."""
     s = sweep.s
     rows, notes = table.collect(sweep.everything, s)
     rows = table.with_means(rows)
     if not rows:
         say("Nothing is trained yet: no table.")
-        return 0
+        return
     pages = {
         "sweep.md": table.markdown(
             rows, notes, s, f"{s.kimg} kimg each, on {s.data}", provenance(s, sweep.base)
@@ -320,16 +318,15 @@ def write(sweep):
     click.echo(pages["sweep.md"])
     say(f"Wrote {', '.join(os.path.join(s.outdir, name) for name in pages)}")
     quality = table.quality_key(s)
-    if not plot.available():
-        say(f"No plot: {plot.MISSING}")
-        return 0
+    if quality is None or not plot.available():
+        say(f"No plot: {plot.MISSING if quality else 'there is no fid or kid among --metrics'}")
+        return
     try:
         paths = [os.path.join(s.outdir, f"sweep.{kind}") for kind in ("png", "svg")]
         plot.save(rows, quality, paths)
         say(f"Wrote {', '.join(paths)}")
     except ValueError as err:
         say(f"No plot: {err}")
-    return 0
 
 
 def provenance(s, base):

@@ -171,12 +171,13 @@ def own_speed(run):
 
 
 def seconds_left(rows, jobs):
-    """(seconds for all that is missing when `jobs` run side by side, whether all of it could be estimated)."""
-    parts = [seconds for row in rows for seconds in (row.training, row.measuring)]
-    # the last ones have nobody beside them: never shorter than the longest run
-    sums = [(row.training or 0.0) + (row.measuring or 0.0) for row in rows]
-    total = sum(seconds for seconds in parts if seconds is not None)
-    return max([total / jobs, *sums]), None not in parts
+    """(seconds for all that is missing when `jobs` run side by side, whether all of it could be estimated).
+
+    The first row is the base, which the others wait for; after that nothing is faster than the longest run.
+    """
+    base, *others = [(row.training or 0.0) + (row.measuring or 0.0) for row in rows]
+    known = all(seconds is not None for row in rows for seconds in (row.training, row.measuring))
+    return base + max([sum(others) / jobs, *others]), known
 
 
 def _typical(values):
@@ -316,9 +317,13 @@ class Sweep:
 
     def _new(self, run, outdir):
         """Arguments of a new training, from the base where that is there."""
-        args = [f"--outdir={outdir}", f"--data={self.s.data}", f"--gpus={self.s.gpus}", "--metrics=none"]
-        if run.seed is not None:
-            args.append(f"--seed={run.seed}")
+        args = [
+            f"--outdir={outdir}",
+            f"--data={self.s.data}",
+            f"--gpus={self.s.gpus}",
+            "--metrics=none",
+            f"--seed={run.seed or 0}",
+        ]
         base = self.base.final()
         if run.name != plan.BASE and base is not None:
             args.append(f"--resume={os.path.abspath(base)}")
