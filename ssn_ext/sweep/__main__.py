@@ -336,6 +336,7 @@ def provenance(s, base):
     from dnnlib.download import sha256_of
 
     snapshot = base.final()
+    given = [text for text in sys.argv[1:] if text != "--report"]
     commit = (
         subprocess.run(
             ["git", "-C", str(work.ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
@@ -344,7 +345,7 @@ def provenance(s, base):
         else ""
     )
     return {
-        "command": f"`{shlex.join(['python', '-m', 'ssn_ext.sweep', *sys.argv[1:]])}`",
+        "command": f"`{shlex.join(['python', '-m', 'ssn_ext.sweep', *given])}`",
         "base": f"{snapshot}, sha256 {sha256_of(snapshot)[:16]}" if snapshot else "not there yet",
         "detector": s.detector or "NVIDIA's",
         "table written": f"at commit {commit or 'unknown'}, PyTorch {torch.__version__}",

@@ -294,14 +294,19 @@ class Sweep:
             args = [*self._new(run, run.folder), f"--kimg={run.kimg}"]
         else:
             args = [f"--resume={path}", f"--kimg={run.kimg}"]
-        self.say(f"{run.title}: {'training' if path is None else f'going on at {run.kimg_done():.1f} kimg'}")
+        self.say(f"{run.title}: {'training' if path is None else 'going on'}")
         self._script("train.py", args, run.folder, run.title)
         if run.final() is None:
             raise StepError(f"{run.title}: train.py left no snapshot at {run.kimg} kimg in {run.folder}")
 
     def _measure(self, run):
         """Lets calc_metrics.py write the lines that are missing, for each seed the metrics of a detector together."""
-        for seed, names in plan.missing(run, self.s).items():
+        lacking = plan.missing(run, self.s)
+        if lacking:
+            from training.checkpoint import cut_back_logs
+
+            cut_back_logs(run.run_dir(), kimg=1e12)  # a half-written last line would spoil the next one
+        for seed, names in lacking.items():
             judged = [name for name in names if plan.needed_detector(name, self.s.detector) is not None]
             others = [name for name in names if name not in judged]
             for chosen, detector in [(judged, self.s.detector), (others, None)]:
