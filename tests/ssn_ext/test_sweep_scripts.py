@@ -22,7 +22,7 @@ from training import training_loop
 from training.snapshot import load_network_pkl
 
 OPTIONS = """
-    --batch=50 --workers=0 --set=G_kwargs.synthesis_kwargs.channel_max=8 --set=D_kwargs.channel_max=8
+    --batch=100 --workers=0 --set=G_kwargs.synthesis_kwargs.channel_max=8 --set=D_kwargs.channel_max=8
     --set=D_kwargs.epilogue_kwargs.mbstd_group_size=2 --aug=noaug
 """
 
@@ -81,7 +81,7 @@ def test_a_sweep_stopped_and_continued_equals_one_that_was_not(in_process, tmp_p
     assert (
         options["loss_kwargs"]["lambda_d"] == 3
         and options["random_seed"] == 1
-        and options["batch_size"] == 50
+        and options["batch_size"] == 100
     )
     (base,) = (tmp_path / "a" / "base").glob("0*/network-snapshot-000001.pkl")
     assert options["resume_pkl"] == str(base)
@@ -159,8 +159,8 @@ def test_jobs_run_side_by_side(tmp_path, monkeypatch):
     base.write_text("")
     s = plan.Settings(
         outdir=str(tmp_path), data="demo", base=str(base), base_kimg=1, cfg="laptop", kimg=1, lambdas=(1.0,),
-        variants={}, options=(), train_seeds=(1,), metrics=(), metric_seeds=(0,), detector=None, gpus=0, jobs=2, threads=1,
-        devices=("0", "1"),
+        variants={}, options=(), train_seeds=(1,), metrics=(), metric_seeds=(0,), detector=None, gpus=0, jobs=2,
+        threads=1, devices=("0", "1"),
     )  # fmt: skip
     meet, devices = threading.Barrier(2, timeout=60), []
 
