@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/commands.md holds the complete --help of every script. `python tests/test_help.py` writes it anew."""
+"""docs/commands.md holds the complete --help of every command. `python tests/test_help.py` writes it anew."""
 
 import importlib
 import sys
@@ -18,12 +18,19 @@ SCRIPTS = [
     "projector",
     "dataset_tool",
     "legacy",
+    "ssn_ext.sweep.__main__",
 ]
 HEAD = """# The commands
 
 What `python <script> --help` prints, in full. What a StyleGAN2-ADA user finds under which name is in
 [from-stylegan2-ada.md](from-stylegan2-ada.md).
 """
+
+
+def title(script):
+    """The script as one types it."""
+    package = script.removesuffix(".__main__")
+    return f"{script}.py" if package == script else f"-m {package}"
 
 
 def command(script):
@@ -40,9 +47,9 @@ def page():
     parts = [HEAD]
     for script in SCRIPTS:
         cmd = command(script)
-        with click.Context(cmd, info_name=f"{script}.py", terminal_width=110, max_content_width=110) as ctx:
+        with click.Context(cmd, info_name=title(script), terminal_width=110, max_content_width=110) as ctx:
             lines = [line.rstrip() for line in cmd.get_help(ctx).strip().splitlines()]
-        parts.append(f"## {script}.py\n\n```\n" + "\n".join(lines) + "\n```\n")
+        parts.append(f"## {title(script)}\n\n```\n" + "\n".join(lines) + "\n```\n")
     return "\n".join(parts)
 
 
