@@ -30,7 +30,7 @@ What `python <script> --help` prints, in full. What a StyleGAN2-ADA user finds u
 def title(script):
     """The script as one types it."""
     package = script.removesuffix(".__main__")
-    return f"{script}.py" if package == script else f"-m {package}"
+    return f"{script}.py" if package == script else f"python -m {package}"
 
 
 def command(script):

@@ -355,7 +355,7 @@ def provenance(s, base):
 # ----------------------------------------------------------------------------------------
 # The terminal
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a signal may come while this thread holds it
 
 
 def say(text):

@@ -36,7 +36,7 @@ class Processes:
     def __init__(self):
         self.stopped = False
         self._running = set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal may come while this thread holds it
         self.inherited = ()  # file descriptors that the processes keep open
 
     def run(self, script, args, log, env):
