@@ -168,7 +168,8 @@ class Run:
         self.rank = rank
         self.abort_fn = abort_fn
         self.progress_fn = progress_fn
-        self.device = _pick_device(c.device, rank)
+        kind = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = distributed.local_device(kind, rank)
         self.is_main = rank == 0
         self.stop = None
         self.done = False
@@ -449,9 +450,3 @@ def _select_ops(mode):
         custom_ops.select(mode)
     except RuntimeError as err:
         raise OSError(f"--ops={mode}: {err}") from err
-
-
-def _pick_device(name, rank):
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name, rank) if name == "cuda" else torch.device(name)
