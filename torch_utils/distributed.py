@@ -86,18 +86,19 @@ def broadcast_object(obj: Any, src: int = 0) -> Any:
     return box[0]
 
 
-def any_ranks(flags: list, device: torch.device | str = "cpu") -> list:
-    """any_rank() of several flags at once."""
+def maximum(values: list, device: torch.device | str = "cpu") -> list[float]:
+    """The greatest of each of these numbers over all processes. All must call it; `device` is where they
+    communicate."""
     if get_world_size() == 1:
-        return [bool(flag) for flag in flags]
-    box = torch.tensor([float(bool(flag)) for flag in flags], device=device)
+        return [float(value) for value in values]
+    box = torch.tensor([float(value) for value in values], device=device)
     dist.all_reduce(box, op=dist.ReduceOp.MAX)
-    return [bool(value) for value in box.tolist()]
+    return box.tolist()
 
 
 def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
     """Whether `flag` is true in any process. All must call it; `device` is where they communicate."""
-    return any_ranks([flag], device)[0]
+    return maximum([bool(flag)], device)[0] > 0
 
 
 @torch.no_grad()

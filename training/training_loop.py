@@ -21,6 +21,7 @@ from training import checkpoint, controllers, phases, snapshot
 from training.transfer import coverage_table
 
 CHECKPOINT_SECONDS = 600  # a checkpoint at least this often, whatever --snap says
+AGREE_SECONDS = 0.5  # several processes ask each other about this often whether to stop: it makes them wait for GPUs
 
 STANDARD_HOOKS = [
     "training.hooks.ProgressBar",
@@ -242,7 +243,8 @@ class Run:
         self.say("")
         self.seconds_before = self.counters.seconds
         self.tick_began, self.tick_began_nimg = time.time(), self.counters.nimg
-        self.saved = time.monotonic()
+        self.saved = self.agreed = time.monotonic()
+        self.agree_every = self.until_agreed = 1
         self.maintenance_seconds = self.tick_began - self.began
 
     def _load_data(self):
@@ -386,7 +388,8 @@ class Run:
 
     def _next_batch(self):
         img, label = next(self.batches)
-        return to_float(img.to(self.device)), label.to(self.device)
+        img, label = (each.to(self.device, non_blocking=True) for each in [img, label])
+        return to_float(img), label
 
     def _draw_latents(self, count):
         """`count` batches of z and of random labels of the training set."""
@@ -396,7 +399,7 @@ class Run:
             return z, torch.zeros([count, size, 0], device=self.device)
         picks = torch.randint(len(self.training_set), [count * size]).tolist()
         labels = torch.from_numpy(np.stack([self.training_set.get_label(i) for i in picks]))
-        return z, labels.reshape(count, size, -1).to(self.device)
+        return z, labels.reshape(count, size, -1).to(self.device, non_blocking=True)
 
     # --- one tick -------------------------------------------------------------------------------------------
 
@@ -428,12 +431,26 @@ class Run:
         self.maintenance_seconds = self.tick_began - now
 
     def must_stop(self):
-        """Whether any process was asked to stop; all processes agree. Saves a checkpoint where it is time."""
-        late = self.is_main and time.monotonic() - self.saved > CHECKPOINT_SECONDS
-        stop, late = distributed.any_ranks([self.stop.requested, late], device=self.device)
+        """Whether any process was asked to stop; all processes agree. Saves a checkpoint where it is time.
+
+        Several processes ask each other every so many iterations, the same number in all of them.
+        """
+        self.until_agreed -= 1
+        if self.until_agreed > 0:
+            return False
+        now = time.monotonic()
+        seconds, self.agreed = now - self.agreed, now
+        late = self.is_main and now - self.saved > CHECKPOINT_SECONDS
+        flags = [self.stop.requested, late, seconds]
+        stop, late, seconds = distributed.maximum(flags, device=self.device)
+        if distributed.get_world_size() > 1:
+            per_iteration = max(seconds / self.agree_every, 1e-6)
+            # no more than twice as many as before: the first iterations tell little
+            self.agree_every = max(min(int(AGREE_SECONDS / per_iteration), 2 * self.agree_every), 1)
+        self.until_agreed = self.agree_every
         if late and not stop:
             self.checkpoint_now()
-        return stop
+        return bool(stop)
 
     def checkpoint_now(self):
         """Saves run_dir/checkpoint.pt, at any iteration. All processes call it: statistics are summed first."""
