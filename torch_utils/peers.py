@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 START_SECONDS = 600  # until all processes must have come
+LEAVE_SECONDS = 5  # that the first process stays at the end, so that none finds itself alone
 PEER_SECONDS = 60  # without a sign of life, a process counts as dead; DNNLIB_PEER_TIMEOUT says otherwise
 ROUNDS = 10  # signs of life in that time. Rounds are counted, not seconds: suspended processes all count none
 
@@ -137,6 +138,11 @@ class Team:
             if self.place.rank == 0 and not self.announced:
                 self.announce(code)
             self._gather("done")
+            self.watch.end()
+            if self.place.rank == 0:  # the last to go
+                self._gather("left", time.monotonic() + LEAVE_SECONDS)
+            else:
+                self.store.add("left", 1)
         self.watch.end()
 
     def fail(self, error: BaseException) -> None:
