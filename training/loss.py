@@ -154,7 +154,9 @@ class StyleGAN2Loss(Loss):
         everyones = distributed.average(ours)
         # one for all processes; it moves with the lengths, so a part of the gradient goes through it
         mean = self.pl_mean = self.pl_mean.lerp(everyones, self.pl_decay)
-        through_mean = (everyones - mean) * (2 * self.pl_decay) * (ours - ours.detach())  # 0 but for its gradient
+        through_mean = (
+            (everyones - mean) * (2 * self.pl_decay) * (ours - ours.detach())
+        )  # 0 but for its gradient
         penalty = training_stats.report("Loss/pl_penalty", (lengths - mean).square() - through_mean)
         return training_stats.report("Loss/G/reg", penalty * self.pl_weight)
 

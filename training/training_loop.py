@@ -21,7 +21,9 @@ from training import checkpoint, controllers, phases, snapshot
 from training.transfer import coverage_table
 
 CHECKPOINT_SECONDS = 600  # a checkpoint at least this often, whatever --snap says
-AGREE_SECONDS = 0.5  # several processes ask each other about this often whether to stop: it makes them wait for GPUs
+AGREE_SECONDS = (
+    0.5  # several processes ask each other about this often whether to stop: it makes them wait for GPUs
+)
 
 STANDARD_HOOKS = [
     "training.hooks.ProgressBar",

@@ -109,7 +109,7 @@ def test_the_watch_counts_signs_of_life():
 
 # --- real processes -----------------------------------------------------------------------------------------
 
-WORKER = '''\
+WORKER = """\
 import os, signal, sys, time
 import torch
 from torch_utils import distributed
@@ -140,7 +140,7 @@ if __name__ == "__main__":
     except distributed.PeerError as err:
         print("Lost:", err)
         sys.exit(4)
-'''
+"""
 
 
 def free_port():
