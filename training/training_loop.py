@@ -157,6 +157,11 @@ def _ignore_signals(_worker_id):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _usable_cores():
+    """How many cores this process may use: fewer than the machine has where a scheduler or container says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def draw_seed(random_seed, rank, nimg):
     """A 63-bit seed from the run's seed, the rank and the images seen."""
     return int(np.random.SeedSequence([random_seed, rank, nimg]).generate_state(1, np.uint64)[0] >> 1)
@@ -278,7 +283,7 @@ class Run:
         )
         options = dict(c.data_loader_kwargs)
         # more workers than cores only get in each other's way, and PyTorch warns of them
-        options["num_workers"] = min(options.get("num_workers", 0), os.cpu_count() or 1)
+        options["num_workers"] = min(options.get("num_workers", 0), _usable_cores())
         if options["num_workers"] == 0:
             options.pop("prefetch_factor", None)
         else:
