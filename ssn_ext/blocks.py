@@ -16,7 +16,6 @@ import torch
 
 from ssn_ext.grids import Grid, Grids, as_grids, block_counts, blocks_of_grid, grid_name
 
-
 # Blocks of a latent.
 
 

@@ -14,10 +14,10 @@ class DistortionRegularizedLoss(StyleGAN2Loss):
     """StyleGAN2's loss + lambda_d * R_D, eq. (2) of the SSN paper divided by B (B - 1).
 
     R_D = E sum_a sum_{b != a} MSE(g(z)_b, g(z^a)_b) / (B (B - 1)) over pictures in [-1, 1] that are not
-    clamped, where z^a is z with block a drawn anew; of several grids, the mean of each one's R_D. It is estimated without bias: per sample one uniform
-    block a (dist_blocks of them, averaged), the same noise in both pictures, no style mixing. The phase runs
-    every dist_interval iterations on 1/dist_batch_shrink of the batch, weighted by the interval; at lambda_d
-    = 0 there is no such phase.
+    clamped, where z^a is z with block a drawn anew; of several grids, the mean of each one's R_D. It is
+    estimated without bias: per sample one uniform block a (dist_blocks of them, averaged), the same noise in
+    both pictures, no style mixing. The phase runs every dist_interval iterations on 1/dist_batch_shrink of the
+    batch, weighted by the interval; at lambda_d = 0 there is no such phase.
     """
 
     TERMS = {**StyleGAN2Loss.TERMS, "Gdist": ["distortion"]}
