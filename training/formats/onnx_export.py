@@ -43,8 +43,6 @@ def save_onnx(path, G, *, noise_mode="const", truncation_cutoff=None, verify=Tru
     model.doc_string = f"Pictures [N, {shape}] of z and c, nominally in [-1, 1]; psi 1: no truncation"
     if hasattr(G, "latent_grid"):  # z's channels x rows x columns of blocks, seen as one axis
         model.metadata_props["latent_grid"] = json.dumps(list(G.latent_grid))
-    if len(getattr(G, "latent_grids", [])) > 1:  # latent_grid is one row of all their blocks
-        model.metadata_props["latent_grids"] = json.dumps(G.latent_grids)
     data = _serialized(model)
     error = _difference(data, sample, expected) if verify else None
     if error is not None and not error <= TOLERANCE:
