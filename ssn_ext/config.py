@@ -132,7 +132,7 @@ def widths_of(source, c, img_shape):
     for name in ["latent_grid", "latent_grids", "grid_splits"]:
         plain.pop(name, None)
     for name in ["z_dim", "w_dim"]:
-        plain[name] //= max(sum(block_counts(grids)), 1)
+        plain[name] //= sum(block_counts(grids)) if grids else 1
     c.D_kwargs = dnnlib.EasyDict(_own_kwargs(D), class_name=c.D_kwargs.class_name)
     return plain, (grids, splits)
 
