@@ -208,17 +208,17 @@ def numbering_picture(picture: np.ndarray, grid: Grids, chosen: Sequence[int] = 
     one picture each, side by side."""
     check_blocks(chosen, grid)
     grids, cells = as_grids(grid), []
+    factor = enlargement(picture.shape, max(2 * TARGET_SIZE, 64 * max(map(max, grids))))
     for number, each in enumerate(grids):
         own = [i for i, block in enumerate(blocks_of_grid(grids, number)) if block in chosen]
         label = f"{number}:...  the blocks of the {grid_name(each)} grid"
-        cells.append((_numbered_blocks(picture, each, own), label))
+        cells.append((_numbered_blocks(picture, each, own, factor), label))
     return cells[0][0] if len(cells) == 1 else sheet([cells])
 
 
-def _numbered_blocks(picture: np.ndarray, grid: Grid, chosen: Sequence[int]) -> np.ndarray:
-    """`numbering_picture` of one grid."""
+def _numbered_blocks(picture: np.ndarray, grid: Grid, chosen: Sequence[int], factor: int) -> np.ndarray:
+    """`numbering_picture` of one grid, `factor` times as large as the picture."""
     shape = picture.shape[:2]
-    factor = enlargement(shape, max(2 * TARGET_SIZE, 64 * max(grid)))
     large = magnify(picture, factor).copy()
     masks = [enlarge(mask, factor) for mask in block_masks(grid, shape).numpy()]
     for mask in masks:

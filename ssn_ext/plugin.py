@@ -58,7 +58,7 @@ def register():
         desc="grids{}",
         metavar="LIST",
         help="Several grids of blocks over one picture, from coarse (layout) to fine (detail): 4x4,8x8",
-        **group,
+        **modulation,
     )
     add_option(
         "--grid-split",
@@ -66,7 +66,7 @@ def register():
         metavar="LIST",
         help="Resolution from which on the layers read the next of --latent-grids  [default: the first with two"
         " pixels a side of its blocks; 16 for 8x8]",
-        **group,
+        **modulation,
     )
     add_option(
         "--encoder-init",
