@@ -102,7 +102,7 @@ def spade(c, opts):
         )
     ssn(c, opts)
     if "latent_grids" in c.G_kwargs:
-        raise ConfigError("--resume: the network has several grids, --cfg=spade knows one: add --latent-grid")
+        raise ConfigError("--cfg=spade knows one grid of latents: say which, as --latent-grid=4x4")
     c.G_kwargs.class_name = "ssn_ext.spade_networks.SpadeGenerator"
     synthesis = c.G_kwargs.synthesis_kwargs
     if synthesis.get("architecture", "skip") != "skip":

@@ -110,8 +110,11 @@ class BlockPathLengthLoss(DistortionRegularizedLoss):
 
 
 def block_path_lengths(img, ws, grid, beta):
-    """|J_a^T (m y)| of one random block a (of all grids) per sample -> [N]; see BlockPathLengthLoss. img [N, C, H, W] was made of
-    ws [N, num_ws, w_dim]; layers count as in StyleGAN2: the mean over them of squared norms. Gradients flow."""
+    """|J_a^T (m y)| of one random block a (of all grids) per sample -> [N]; see BlockPathLengthLoss.
+
+    img [N, C, H, W] was made of ws [N, num_ws, w_dim]; layers count as in StyleGAN2: the mean over them of squared
+    norms. Gradients flow.
+    """
     count, height, width = img.shape[0], *img.shape[2:]
     num_blocks = sum(grids.block_counts(grid))
     picks = torch.randint(num_blocks, [count], device=img.device)

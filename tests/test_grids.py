@@ -127,8 +127,10 @@ def test_a_new_run_keeps_or_changes_the_grids_of_its_source(two, tmp_path):
     assert planned("--grid-split=16") == (None, GRIDS, [16], 64 * 20)
     assert planned("--latent-grids=1x1,2x2,8x8") == (None, [[1, 1], [2, 2], [8, 8]], [8, 16], 64 * 69)
     assert planned("--latent-grid=4x4") == planned("--latent-grids=4x4") == ([4, 4], None, None, 64 * 16)
-    refused = invoke(train.build_command(), "--outdir=/nowhere", "--cfg=spade", data, "--dry-run", f"--resume={pkl}")
-    assert "--resume: the network has several grids, --cfg=spade knows one: add --latent-grid" in refused.output
+    refused = invoke(
+        train.build_command(), "--outdir=/nowhere", "--cfg=spade", data, "--dry-run", f"--resume={pkl}"
+    )
+    assert "--cfg=spade knows one grid of latents: say which, as --latent-grid=4x4" in refused.output
     # and the transfer takes every weight
     again, _ = trained(
         run_dir.parents[1], f"--resume={pkl}", "--latent-grids=2x2,8x8", "--set=total_kimg=0.004"
@@ -148,7 +150,7 @@ def test_a_new_run_keeps_or_changes_the_grids_of_its_source(two, tmp_path):
     (["--latent-grids=4x4,8x8", "--grid-split=4"], "--grid-split=4: 4x4,8x8 takes 1 rising resolution of 8,16,32"),
     (["--latent-grids=4x4,8x8", "--grid-split=8,16"], "--grid-split=8,16: 4x4,8x8 takes 1 rising resolution of"),
     (["--latent-grids=2x2,4x4,8x8", "--grid-split=16,8"], "2x2,4x4,8x8 takes 2 rising resolutions of 8,16,32"),
-    (["--latent-grids=4x4,8x8", "--cfg=spade"], "--latent-grids has no use with --cfg=spade; it goes with ssn"),
+    (["--latent-grids=4x4,8x8", "--cfg=spade"], "--cfg=spade knows one grid of latents: say which"),
     (["--latent-grids=4x4,16x16,32x32"], "--grid-split=32,32: 4x4,16x16,32x32 takes 2 rising resolutions of"),
 ])  # fmt: skip
 def test_grids_that_cannot_be(args, message):
@@ -212,6 +214,15 @@ def test_a_number_without_its_grid_is_refused(two, tmp_path):
     assert result.exit_code != 0
     assert "'3' is of which grid? write '0:...' for 2x2 or '1:...' for 4x4" in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_figures_of_blocks_of_both_grids(two, tmp_path):
+    from ssn_ext import paper_figures
+
+    output = call(paper_figures.main, "rows", f"--network={two[0]}", f"--out={tmp_path / 'rows.png'}", "--seeds=0,1",
+                  "--blocks=0:1", "--blocks=1:row3")  # fmt: skip
+    assert "block 0:1: mean squared change" in output and "blocks 1:12, 1:13, 1:14, 1:15: mean" in output
+    assert (tmp_path / "rows.png").is_file()
 
 
 def test_metrics_are_given_by_grid(two, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ssn_ext import blocks, distortion, grids, metric, resampling, transfer
-from ssn_ext.loss import DistortionRegularizedLoss, estimate_distortion
+from ssn_ext.loss import DistortionRegularizedLoss, block_path_lengths, estimate_distortion
 from ssn_ext.networks import SpatialGenerator
 from training.networks import Generator
 
@@ -301,6 +301,26 @@ def test_scale_is_that_of_one_pair_for_every_grid(grid):
     draws = estimate_distortion(mapping, Leaky(), torch.randn(20000, size), None)
     assert float(draws.mean()) == pytest.approx(2 * leak**2, abs=4 * float(draws.std()) / 20000**0.5)
     assert float(draws.std()) / 20000**0.5 < 0.02 * 2 * leak**2
+
+
+def test_path_lengths_by_block_count_all_grids():
+    """Against gradients by the entries of one block alone, put into ws at their place in [N, num_ws, C, B]."""
+    G, beta = spatial_generator(), 0.5
+    count = 8
+    ws = G.mapping(torch.randn(count, G.z_dim), None).requires_grad_()
+    torch.manual_seed(0)
+    got = block_path_lengths(G.synthesis(ws, noise_mode="const"), ws, GRIDS, beta)
+    torch.manual_seed(0)
+    picks, noise = torch.randint(20, [count]), torch.randn(count, 3, 16, 16) / 16
+    assert {bool(pick >= 4) for pick in picks} == {False, True}  # blocks of both grids
+    for n, pick in enumerate(picks.tolist()):
+        maps = ws[n : n + 1].detach().reshape(1, G.num_ws, 8, 20).clone()
+        own = maps[..., pick].clone().requires_grad_()
+        maps[..., pick] = own
+        img = G.synthesis(maps.flatten(2), noise_mode="const")[0]
+        inside = blocks.block_masks(GRIDS, [16, 16])[pick]
+        (grad,) = torch.autograd.grad((img * noise[n] * torch.where(inside, 1, 1 / beta)).sum(), own)
+        assert float(got[n]) == pytest.approx(float(grad.square().sum() / G.num_ws) ** 0.5, rel=1e-3)
 
 
 @pytest.mark.parametrize(("of", "there"), [([[1, 1]], False), ([[1, 1], [2, 2]], True), (GRIDS, True)])
