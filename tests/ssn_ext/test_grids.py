@@ -309,7 +309,7 @@ def test_path_lengths_by_block_count_all_grids():
     count = 8
     ws = G.mapping(torch.randn(count, G.z_dim), None).requires_grad_()
     torch.manual_seed(0)
-    got = block_path_lengths(G.synthesis(ws, noise_mode="const"), ws, GRIDS, beta)
+    got = block_path_lengths(G.synthesis(ws, noise_mode="const"), ws, GRIDS, beta).detach()
     torch.manual_seed(0)
     picks, noise = torch.randint(20, [count]), torch.randn(count, 3, 16, 16) / 16
     assert {bool(pick >= 4) for pick in picks} == {False, True}  # blocks of both grids
