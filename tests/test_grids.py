@@ -216,6 +216,14 @@ def test_a_number_without_its_grid_is_refused(two, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_sweep_knows_its_runs(two):
+    from types import SimpleNamespace
+
+    from ssn_ext.sweep import plan
+
+    assert plan.is_spatial(SimpleNamespace(run_dir=lambda: str(two[1])), None)
+
+
 def test_figures_of_blocks_of_both_grids(two, tmp_path):
     from ssn_ext import paper_figures
 
