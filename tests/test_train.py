@@ -434,7 +434,8 @@ HELP_GROUPS = {
     "Transfer": "--resume --allow-partial --freezed --trust-pickle",
     "Performance": "--batch-gpu --precision --fp32 --nhwc --ops --nobench --allow-tf32 --workers",
     "Logging": "--log --best --keep-last",
-    "Options of ssn_ext": "--lambda-d --dist-blocks --pl-block-beta --latent-grid --encoder-init --demodulation",
+    "Options of ssn_ext": "--lambda-d --dist-blocks --pl-block-beta --latent-grid --latent-grids --grid-split"
+    " --encoder-init --demodulation",
 }
 
 
