@@ -28,7 +28,6 @@ def configuration(ctx):
         f"- processor: {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
         f"- Python {platform.python_version()}, PyTorch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
         f"- options: {options}",
-        f"- memory kept between uses: {os.environ.get('MALLOC_MMAP_THRESHOLD_', 'as train.py does')}",
     ]
 
 
@@ -57,6 +56,7 @@ SHARED = [
     click.option("--threads", type=click.IntRange(min=1), help="Threads of PyTorch  [default: all cores]"),
     click.option("--clock", type=click.Choice(["wall", "cpu"]), default="wall", show_default=True,
                  help="cpu: processor time, for one thread on a machine that others use"),
+    click.option("--keep-memory/--default-memory", default=True, help="As train.py does, or the C library's habit"),
     click.option("--out", type=click.Path(exists=True, file_okay=False), help="Folder to write the table to"),
 ]  # fmt: skip
 
@@ -68,11 +68,15 @@ def shared_options(command):
     return command
 
 
-def prepare(threads, clock):
-    """The Machine; sets the number of threads."""
+def prepare(threads, clock, keep_memory):
+    """The Machine; sets the number of threads and what the C library does with freed memory."""
     import torch
 
     from benchmarks.measure import Machine
+    from torch_utils import misc
+
+    if keep_memory:
+        misc.keep_memory()
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -96,7 +100,21 @@ def prepare(threads, clock):
 @click.option("--quick", is_flag=True, help="Two rounds: a first impression")
 @shared_options
 @click.pass_context
-def main(ctx, only, kinds, resolution, batch, channel_base, precision, rounds, quick, threads, clock, out):
+def main(
+    ctx,
+    only,
+    kinds,
+    resolution,
+    batch,
+    channel_base,
+    precision,
+    rounds,
+    quick,
+    threads,
+    clock,
+    keep_memory,
+    out,
+):
     """Time this code on this machine, as shares of the machine's own matrix rate.
 
     All cases take turns, so that what else the machine does hits them alike: the ratios of one run count, not
@@ -110,7 +128,7 @@ def main(ctx, only, kinds, resolution, batch, channel_base, precision, rounds, q
             unknown = sorted(set(values or []) - set(known))
             if unknown:
                 raise ValueError(f"{option}={','.join(unknown)} is not known; there are {', '.join(known)}")
-        machine = prepare(threads, clock)
+        machine = prepare(threads, clock, keep_memory)
         from benchmarks import cases, measure
 
         settings = cases.Settings(resolution, batch, channel_base, precision, tuple(kinds or KINDS))

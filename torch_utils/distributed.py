@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from torch_utils import misc
+
 
 def get_rank() -> int:
     """Index of this process, 0 when it stands alone."""
@@ -158,10 +160,11 @@ def launch(fn: Callable, num_processes: int, args: tuple = (), device_type: str 
     """
     if num_processes < 1:
         raise ValueError(f"The number of processes must be at least 1, not {num_processes}")
+    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     if num_processes == 1:
+        _prepare_memory(device_type)
         fn(0, *args)
         return
-    device_type = device_type or ("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as folder:
         path = (Path(folder) / "rendezvous").resolve().as_posix()
         init_method = f"file://{path}" if path.startswith("/") else f"file:///{path}"  # C:/... on Windows
@@ -172,9 +175,15 @@ def launch(fn: Callable, num_processes: int, args: tuple = (), device_type: str 
 
 def _work(rank: int, fn: Callable, world_size: int, init_method: str, device_type: str, args: tuple) -> None:
     """What each spawned process runs."""
+    _prepare_memory(device_type)
     init_process(rank, world_size, init_method, device_type)
     fn(rank, *args)
     dist.destroy_process_group()  # not after an error: the others may never answer
+
+
+def _prepare_memory(device_type: str) -> None:
+    if device_type == "cpu":
+        misc.keep_memory()
 
 
 def _join(context: Any) -> None:
