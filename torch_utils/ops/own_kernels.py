@@ -9,6 +9,7 @@ along in the convolution or in the filter after it, and two passes over the resu
 import torch
 import torch.nn.functional as F
 
+from . import spatial_modulation
 from .conv2d_resample import _conv, _conv_upsampled, _total_padding
 from .upfirdn2d import _by_axis, _filter_pass
 
@@ -67,3 +68,67 @@ def _convolve(x, kernel, bias, up, padding, resample_filter, flip_weight):
     x, pads = _conv_upsampled(x, kernel, up, pads, 1, flip_weight)
     taps = resample_filter if resample_filter.ndim == 2 else torch.outer(resample_filter, resample_filter)
     return _filter_pass(x, (taps * up**2).to(x.dtype), (1, 1), (1, 1), *_by_axis(pads), False, bias)
+
+
+# ----------------------------------------------------------------------------------------
+# Styles that vary in space: grids that stand for the sum of their maps, see spatial_modulation
+
+
+def spatial_layer(x, weight, grids, demodulate, noise, bias, **options):
+    """`layer` with the styles' maps of `grids` (list of [N,I,h,w]), demodulated by the mean of their squares where
+    `demodulate`; options: those of `layer` from `up` on. Circular borders of the demodulation."""
+    scale = None
+    if demodulate:
+        energy = spatial_modulation.mean_square(grids, *x.shape[2:])  # [N,I]
+        scale = (energy.matmul(weight.square().sum(dim=[2, 3]).t()) + 1e-8).rsqrt()
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = torch.empty_like(x)
+    for n, rows, style in _style_strips(x, grids):
+        torch.mul(_pixels(x)[n, rows], style, out=_pixels(out)[n, rows])
+    return layer(out, weight, None, scale, noise, bias, **options)
+
+
+def spatial_to_rgb(x, matrix, grids, bias):
+    """matrix [O,I] times (x * styles), plus bias [O], at every pixel: [N,O,H,W], channels-last. No copy of x."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    num, _, height, width = x.shape
+    out = x.new_empty([num, height, width, matrix.shape[0]])
+    matrix, bias = matrix.t().to(x.dtype), bias.to(x.dtype)
+    for n, rows, style in _style_strips(x, grids):
+        modulated = torch.mul(_pixels(x)[n, rows], style, out=style)
+        torch.addmm(bias, modulated.flatten(0, 1), matrix, out=out[n, rows].flatten(0, 1))
+    return out.permute(0, 3, 1, 2)
+
+
+_STRIP = 2**17  # values: a strip of x, its styles and their product stay in a core's cache
+
+
+def _pixels(x):
+    return x.permute(0, 2, 3, 1)  # [N,H,W,C], contiguous where x is channels-last
+
+
+def _style_strips(x, grids):
+    """Yields (sample, slice of rows, the map there [rows,W,C] of x's dtype): no map is ever stored as a whole.
+
+    Along y first, which is little; the grids then stand side by side in one product along x.
+    """
+    num, channels, height, width = x.shape
+    axes = [
+        [spatial_modulation._axis(grid.shape[axis], x.shape[axis], x.dtype, x.device) for grid in grids]
+        for axis in (2, 3)
+    ]
+    columns = torch.cat(axes[1], dim=1)  # [W,sum of w]
+    flat = [_pixels(grid.to(x.dtype)).reshape(num, grid.shape[2], -1) for grid in grids]  # [N,h,w*C]
+    step = max(_STRIP // (width * channels), 1)
+    buffer = x.new_empty([min(step, height), width, channels])
+    for n in range(num):
+        tall = [
+            torch.matmul(rows, grid[n]).reshape(height, -1, channels)
+            for rows, grid in zip(axes[0], flat, strict=True)
+        ]
+        tall = torch.cat(tall, dim=1) if len(tall) > 1 else tall[0]  # [H,sum of w,C]
+        for first in range(0, height, step):
+            rows = slice(first, min(first + step, height))
+            style = buffer[: rows.stop - first]
+            torch.matmul(columns, tall[rows], out=style)
+            yield n, rows, style
