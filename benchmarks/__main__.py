@@ -7,6 +7,7 @@ import platform
 
 import click
 
+from benchmarks.scaling import AXES
 from dnnlib.cli import CommaList, user_errors
 
 KINDS = ["stylegan2", "ssn-no-encoder", "ssn"]
@@ -83,6 +84,13 @@ def prepare(threads, clock, keep_memory):
     return Machine(clock)
 
 
+def check_names(option, values, known):
+    """ValueError for a value that is not among the known ones."""
+    unknown = sorted(set(values or []) - set(known))
+    if unknown:
+        raise ValueError(f"{option}={','.join(unknown)} is not known; there are {', '.join(known)}")
+
+
 @click.group(invoke_without_command=True, epilog=EPILOG, context_settings=dict(max_content_width=120))
 @click.option("--only", type=CommaList(), help=f"Some of {','.join(GROUPS)}  [default: all]")
 @click.option("--kinds", type=CommaList(), help=f"Some of {','.join(KINDS)}  [default: all]")
@@ -124,10 +132,8 @@ def main(
     if ctx.invoked_subcommand is not None:
         return
     with user_errors():
-        for option, values, known in [("--only", only, GROUPS), ("--kinds", kinds, KINDS)]:
-            unknown = sorted(set(values or []) - set(known))
-            if unknown:
-                raise ValueError(f"{option}={','.join(unknown)} is not known; there are {', '.join(known)}")
+        check_names("--only", only, GROUPS)
+        check_names("--kinds", kinds, KINDS)
         machine = prepare(threads, clock, keep_memory)
         from benchmarks import cases, measure
 
@@ -143,6 +149,23 @@ def main(
             "",
         ]
         finish(ctx, "speed", [*lines, *measure.table(rows, machine)], out)
+
+
+@main.command(context_settings=dict(max_content_width=120))
+@click.option("--only", type=CommaList(), help=f"Some of {','.join(AXES)}  [default: all]")
+@click.option("--quick", is_flag=True, help="The three smallest sizes of each")
+@shared_options
+@click.pass_context
+def scaling(ctx, only, quick, threads, clock, keep_memory, out):
+    """How time and memory of a training step grow with resolution, batch, width and grid, with fitted exponents."""
+    with user_errors():
+        check_names("--only", only, AXES)
+        prepare(threads, clock, keep_memory)
+        import torch
+
+        from benchmarks.scaling import report
+
+        finish(ctx, "scaling", report(only or list(AXES), quick, torch.get_num_threads(), clock), out)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from ssn_ext.networks import SpatialGenerator, resize, spatially_modulated_conv2d
 from torch_utils.ops import bias_act, own_kernels, upfirdn2d
 from training.networks import SynthesisLayer, modulated_conv2d
 
@@ -62,3 +63,46 @@ def test_small_pictures_of_wide_layers_do_not_pay():
         assert not own_kernels.pays(torch.zeros(1, 512, 4, 4), torch.zeros(512, 512, 3, 3), 1, "lrelu")
         assert own_kernels.pays(torch.zeros(1, 64, 128, 128), torch.zeros(64, 64, 3, 3), 1, "lrelu")
         assert not own_kernels.pays(torch.zeros(1, 64, 128, 128), torch.zeros(64, 64, 3, 3), 1, "swish")
+
+
+@pytest.mark.parametrize("shape", [(10, 12), (300, 40)])  # one strip, several
+@pytest.mark.parametrize("grids", [[(4, 4)], [(2, 3), (10, 6)]])
+@pytest.mark.parametrize("demodulation", ["circular", None])
+def test_spatial_layers_equal_the_composition_over_whole_maps(shape, grids, demodulation):
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 24, *shape), torch.randn(8, 24, 3, 3), torch.randn(8)
+    grids = [torch.randn(2, 24, *each) for each in grids]
+    styles = sum(resize(grid, *shape) for grid in grids)
+    noise = torch.randn(shape)
+    want = spatially_modulated_conv2d(
+        x, weight, styles, noise=noise, padding=1, resample_filter=FILTER, demodulation=demodulation
+    )
+    want = bias_act.bias_act(want, bias, act="lrelu")
+    with torch.no_grad():
+        got = own_kernels.spatial_layer(
+            x, weight, grids, demodulation is not None, noise, bias, up=1, padding=1, resample_filter=FILTER,
+            flip_weight=True, act="lrelu", gain=2**0.5,
+        )  # fmt: skip
+        rgb = own_kernels.spatial_to_rgb(x, weight[:3, :, 1, 1], grids, bias[:3])
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-3 if demodulation is None else 1e-4)
+    matrix = weight[:3, :, 1:2, 1:2]
+    torch.testing.assert_close(
+        rgb, torch.nn.functional.conv2d(x * styles, matrix, bias[:3]), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_whole_spatial_generator_draws_the_same_picture_either_way(half, monkeypatch):
+    options = dict(num_fp16_res=4, half_dtype="bfloat16") if half else {}
+    G = SpatialGenerator(
+        32, 0, 32, 64, 3, [2, 2], synthesis_kwargs=dict(channel_base=512, channel_max=16, **options)
+    ).eval()
+    for name, parameter in G.named_parameters():
+        if "encoder_style" in name or "noise_strength" in name:
+            parameter.data.normal_(0, 0.3)
+    z = torch.randn(2, 32)
+    with torch.no_grad():
+        got = G(z, None, noise_mode="const")
+        monkeypatch.setattr(own_kernels, "pays", lambda *_: False)
+        want = G(z, None, noise_mode="const")
+    assert (got - want).abs().max() / want.std() < (0.2 if half else 1e-4)
