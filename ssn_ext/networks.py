@@ -26,6 +26,11 @@ import torch
 from torch_utils import misc, persistence
 from torch_utils.ops import bias_act, conv2d_resample, fma, upfirdn2d
 
+try:
+    from torch_utils.ops import own_kernels
+except ImportError:
+    own_kernels = None
+
 HALF_DEVICES = {"float16": ["cuda"], "bfloat16": ["cuda", "cpu"]}  # on others float32 stays
 SMALLEST, LARGEST = 4, 32  # sides of h0 x w0
 HALF_POWER = math.sqrt(0.5)  # two branches of equal variance, so scaled, add up to that variance again
@@ -357,9 +362,15 @@ def style_map(affine, correction, w, e, shape):
     None. Where there are features but no Q, they stand in for w (the paper's layout): s = upsample(W e + b).
     The resizing commutes with the 1x1 projections, which therefore work on the small maps.
     """
+    maps = [resize(grid, *shape) for grid in style_grids(affine, correction, w, e)]
+    return maps[0] if len(maps) == 1 else maps[0] + maps[1]
+
+
+def style_grids(affine, correction, w, e):
+    """The small maps whose resized sum `style_map` is: one or two of [N,I,h,w]."""
     if correction is None:
-        return resize(affine(w if e is None else e), *shape)
-    return resize(affine(w), *shape) + resize(correction(e), *shape)
+        return [affine(w if e is None else e)]
+    return [affine(w), correction(e)]
 
 
 def _correction(encoder_init, channels, in_channels):
@@ -409,12 +420,20 @@ class SpatialSynthesisLayer(torch.nn.Module):
         assert noise_mode in ("random", "const", "none"), noise_mode
         shape = [side // self.up for side in self.shape]
         misc.assert_shape(x, [None, self.weight.shape[1]] + shape)
+        clamp = None if self.conv_clamp is None else self.conv_clamp * gain
+        fast = own_kernels is not None and own_kernels.pays(x, self.weight, self.up, self.activation)
+        if fast and self.demodulation in (None, "circular"):
+            return own_kernels.spatial_layer(
+                x, self.weight, style_grids(self.affine, self.encoder_style, w, e), self.demodulation is not None,
+                self._noise(x, noise_mode), self.bias, up=self.up, padding=self.padding,
+                resample_filter=self.resample_filter, flip_weight=self.up == 1, act=self.activation,
+                gain=self.act_gain * gain, clamp=clamp,
+            )  # fmt: skip
         x = spatially_modulated_conv2d(
             x, self.weight, style_map(self.affine, self.encoder_style, w, e, shape), noise=self._noise(x, noise_mode),
             up=self.up, padding=self.padding, resample_filter=self.resample_filter, demodulation=self.demodulation,
             flip_weight=self.up == 1,
         )  # fmt: skip
-        clamp = None if self.conv_clamp is None else self.conv_clamp * gain
         return bias_act.bias_act(
             x, self.bias.to(x.dtype), act=self.activation, gain=self.act_gain * gain, clamp=clamp
         )
@@ -445,8 +464,12 @@ class SpatialToRGBLayer(torch.nn.Module):
 
     def forward(self, x, w, e):
         """x [N,I,H,W], w [N,C,h,w], e [N,E,H',W'] or None -> [N,O,H,W]."""
-        styles = style_map(self.affine, self.encoder_style, w, e, x.shape[2:])
         weight = self.weight * self.weight_gain  # the gain on the few weights instead of on the large map
+        fast = own_kernels is not None and own_kernels.pays(x, weight, 1, "linear") and self.padding == 0
+        if fast and self.conv_clamp is None:
+            grids = style_grids(self.affine, self.encoder_style, w, e)
+            return own_kernels.spatial_to_rgb(x, weight.flatten(1), grids, self.bias)
+        styles = style_map(self.affine, self.encoder_style, w, e, x.shape[2:])
         x = spatially_modulated_conv2d(x, weight, styles, padding=self.padding, demodulation=None)
         return bias_act.bias_act(x, self.bias.to(x.dtype), clamp=self.conv_clamp)
 

@@ -7,6 +7,7 @@ process that stands alone, so that callers need not ask.
 """
 
 import contextlib
+import math
 import multiprocessing.connection
 import os
 import pickle
@@ -25,7 +26,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from torch_utils import peers
+from torch_utils import misc, peers
 from torch_utils.peers import PeerError
 
 GROUP_TIMEOUT = timedelta(minutes=30)  # the first process may work alone for a while, e.g. on pictures
@@ -121,6 +122,8 @@ def all_reduce_gradients(params: Iterable) -> torch.Tensor:
     grads = [param.grad for param in params if param.grad is not None]
     if not grads:
         return torch.zeros([])
+    if get_world_size() == 1 and grads[0].device.type == "cpu" and _sum_is_finite(grads):
+        return torch.zeros([])
     flat = torch.cat([grad.flatten() for grad in grads])
     if get_world_size() > 1:
         dist.all_reduce(flat)
@@ -130,6 +133,11 @@ def all_reduce_gradients(params: Iterable) -> torch.Tensor:
     for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
         grad.copy_(part.view(grad.shape))
     return mended
+
+
+def _sum_is_finite(grads: list) -> bool:
+    """If so, every value is: one pass instead of eight. (If not, it may still be but the sum that is too large.)"""
+    return math.isfinite(sum(float(grad.sum()) for grad in grads))
 
 
 # ----------------------------------------------------------------------------------------
@@ -239,6 +247,7 @@ def launch(fn: Callable, num_processes: int, args: tuple = (), device_type: str 
         with joined() as leads:
             return _work_in_team(fn, args, device_type) if leads else follow()
     if num_processes == 1:
+        _prepare_memory(device_type)
         return fn(0, *args)
     with tempfile.TemporaryDirectory() as folder:
         path = (Path(folder) / "rendezvous").resolve().as_posix()
@@ -293,6 +302,7 @@ def _work_in_team(fn: Callable | None, args: tuple | None, device_type: str) -> 
     if place.rank == 0:
         _team.announce(device_type)
     try:
+        _prepare_memory(device_type)
         init_process(place.rank, place.world_size, None, device_type, _team.group_store, place.local_rank)
         fn, args = broadcast_object((fn, args))
         result = fn(place.rank, *args)
@@ -312,6 +322,7 @@ def _is_lost(err: BaseException) -> bool:
 
 def _work(rank, fn, world_size, init_method, device_type, args, folder):
     """What each spawned process runs."""
+    _prepare_memory(device_type)
     try:
         init_process(rank, world_size, init_method, device_type)
         result = fn(rank, *args)
@@ -324,6 +335,11 @@ def _work(rank, fn, world_size, init_method, device_type, args, folder):
         with open(os.path.join(folder, "result"), "wb") as f:
             pickle.dump(result, f)
     dist.destroy_process_group()  # not after an error: the others may never answer
+
+
+def _prepare_memory(device_type: str) -> None:
+    if device_type == "cpu":
+        misc.keep_memory()
 
 
 def _join(context: Any) -> None:
