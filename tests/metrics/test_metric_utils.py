@@ -336,7 +336,7 @@ def test_two_processes_find_the_features_of_one(
         worker.join()
     mine, others = sorted((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
     assert mine.startswith("OSError: Image 'img13.png' in ")
-    assert others == f"RuntimeError: another process failed, {mine}"  # and did not wait for it
+    assert others == f"PeerError: another process failed, {mine}"  # and did not wait for it
     with open(tmp_path / "data" / "img13.png", "wb") as f:
         PIL.Image.fromarray(pictures[13]).save(f, "png")
     real, made = _all_features(options(**kwargs), detector_file)
