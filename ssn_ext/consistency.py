@@ -30,8 +30,8 @@ LEARNT = (
 def visibility(reader: attributes.Reader, table: attributes.Table, grid) -> dict[str, np.ndarray]:
     """How much of each attribute a block alone shows, measured on held-out real pictures -> {name: [B]}.
 
-    (share read rightly from the block - that of the most frequent value) / (the same from the whole picture). Attributes
-    are left out that cannot be read from the whole either.
+    (share read rightly from the block - that of the most frequent value) / (the same from the whole picture).
+    Attributes that cannot be read from the whole either are left out.
     """
     majority = attributes.majorities(table)
     masks = blocks.block_masks(grid, table.pictures.shape[2:])
