@@ -77,7 +77,7 @@ def show_result(job, record):
     click.echo(f"  candidate   change inside   change outside   inside / outside{score}")
     for each in shown:
         if by:
-            score = f"   {_number(each['scores'][by], '.4g'):>9}"
+            score = f"   {_number(each['scores'][by], '.4f'):>9}"
         inside, outside = (_number(each[key], ".4f") for key in ("inside", "outside"))
         click.echo(
             f"  {each['number']:>9}   {inside:>13}   {outside:>14}   {_number(each['ratio'], '.1f'):>16}{score}"

@@ -387,9 +387,10 @@ def _write_pictures(
     if candidates:
         files["grid"] = f"{start.name}-grid.png"
         by = job.settings.get("by")
+        among = f", the best {len(candidates)} of {len(record['candidates'])} by {by}" if by else ""
         labels = ["original", *(_caption(each, by) for each in candidates)]
         step = sum(earlier["pick"] > 0 for earlier in start.history) + 1
-        title = f"{start.name}: {job.what} re-drawn" + (f" (edit number {step})" if step > 1 else "")
+        title = f"{start.name}: {job.what} re-drawn{among}" + (f" (edit number {step})" if step > 1 else "")
         sheet = figures.candidate_sheet(pictures[0], chosen, job.mask.numpy(), labels, title)
         write_png(os.path.join(folder, files["grid"]), sheet)
     if job.numbering:

@@ -74,7 +74,7 @@ def test_realism_without_minibatch_statistics_needs_no_group(networks):
     D = Discriminator(
         c_dim=0, img_resolution=8, img_channels=3, channel_base=64, channel_max=8,
         epilogue_kwargs=dict(mbstd_num_channels=0),
-    )  # fmt: skip
+    ).requires_grad_(False)  # fmt: skip
     others = ranking.references(G, D, None, 1.0, "const", "cpu")
     pictures = torch.randn(3, 3, 8, 8)
     assert len(others) == 0
