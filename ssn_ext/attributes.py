@@ -26,13 +26,13 @@ from dnnlib.cli import CommaList, user_errors
 from dnnlib.util import open_atomic
 from torch_utils.images import to_float
 from training.configs import demo_file
-from training.data_sources import open_source
+from training.data_sources import Source, open_source
 from training.dataset import decode_image
 
 FORMAT = "ssn-attributes/1"
 MOST_CLASSES = 64  # columns of more different values are names, not attributes
 LONGEST_SIDE = 32  # pictures are shrunk to this before they are read
-WIDTHS = (24, 48, 64, 32)  # channels of the four layers, the last three of which halve the picture
+WIDTHS = (24, 48, 64, 28)  # channels of the four layers, the last three of which halve the picture
 HELD_OUT = 10  # one picture of so many is held out
 
 
@@ -86,12 +86,22 @@ def load_table(data: str, labels: str, columns: list[str] | None = None) -> Tabl
         if len(names) < 2 * HELD_OUT:
             raise ValueError(f"{labels} describes {len(names)} pictures of {data}: {2 * HELD_OUT} are needed")
         columns = _columns(labels, [rows[name] for name in names], columns)
-        pictures = [decode_image(source.open(name).read()).transpose(2, 0, 1) for name in names]
+        pictures = [_read_picture(source, name) for name in names]
     if len({each.shape for each in pictures}) > 1:
         raise ValueError(f"The pictures of {data} differ in size")
     values = {column: sorted({rows[name][column] for name in names}) for column in columns}
     numbers = [[values[column].index(rows[name][column]) for column in columns] for name in names]
     return Table(torch.from_numpy(np.stack(pictures)), torch.tensor(numbers), values)
+
+
+def _read_picture(source: Source, name: str) -> np.ndarray:
+    """uint8 [C, H, W]; ValueError that names the picture."""
+    with source.open(name) as f:
+        data = f.read()
+    try:
+        return decode_image(data).transpose(2, 0, 1)
+    except ValueError as err:
+        raise ValueError(f"'{name}' in {source.path} cannot be used: {err}") from err
 
 
 def _columns(path: str, rows: list[dict[str, str]], wanted: list[str] | None) -> list[str]:
@@ -275,7 +285,7 @@ def main() -> None:
 )
 @click.option("--out", required=True, metavar="FILE.pt", help="File to write")
 @click.option(
-    "--steps", type=click.IntRange(min=10), default=4000, show_default=True, help="Of 64 pictures each"
+    "--steps", type=click.IntRange(min=10), default=1500, show_default=True, help="Of 64 pictures each"
 )
 @click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of all draws")
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there")
@@ -401,9 +411,10 @@ def _show_check(details: dict, shown: dict, results: dict, real: dict) -> None:
         click.echo(f"Not read reliably, and left out: {', '.join(left_out)}")
     total = consistency.overall(results)
     if total:
+        ties = [_number(total[key], ".3f") for key in ("tie_before", "tie_after")]
         click.echo(
-            f"\nkept {total['kept']:.3f} of what unrelated pictures differ in; block and rest agree in"
-            f" {total['tie_before']:.3f} before and {total['tie_after']:.3f} after (means over attributes)"
+            f"\nThe rest keeps {_number(total['kept'], '.3f')} of what unrelated pictures differ in; where both are"
+            f" sure, block and rest\nagree in {ties[0]} before and {ties[1]} after (mean over attributes)"
         )
 
 

@@ -22,6 +22,7 @@ from training.generating import batches
 from training.shapes import shape_of
 
 SHOWS, SURE = 0.5, 0.8
+LEAST_PAIRS = 30  # a tie is not stated from fewer readings that are sure
 LEARNT = (
     0.25  # an attribute of which the reader gets no more than this beyond the most frequent value is left out
 )
@@ -94,7 +95,7 @@ class Samples:
             found[key], found[f"{key}_stderr"] = ratio(sums[key], ones * over)
         for when in ("before", "after"):
             found[f"tie_{when}"], found[f"tie_{when}_stderr"] = ratio(
-                sums[f"agree_{when}"], sums[f"sure_{when}"]
+                sums[f"agree_{when}"], sums[f"sure_{when}"], LEAST_PAIRS
             )
             found[f"sure_{when}"] = float(sums[f"sure_{when}"].sum() / (len(ones) * len(self.shown)))
         found["outside_by_block"] = torch.cat(self.outside).double().mean(dim=0).tolist()
@@ -113,10 +114,13 @@ def agreement(p: torch.Tensor, q: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return sure.float(), (sure & (value_p == value_q)).float()
 
 
-def ratio(values: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """sum(values) / sum(weights) over samples [N], and its standard error by linearisation; NaN without weight."""
+def ratio(values: np.ndarray, weights: np.ndarray, least: float = 1) -> tuple[float, float]:
+    """sum(values) / sum(weights) over samples [N], and its standard error by linearisation.
+
+    NaN where the weights add up to less than `least`.
+    """
     total = weights.sum()
-    if total == 0:
+    if total < least:
         return float("nan"), float("nan")
     mean = values.sum() / total
     spread = np.square(values - mean * weights).sum() * len(values) / max(len(values) - 1, 1)
@@ -174,21 +178,26 @@ def real_ties(reader: attributes.Reader, table: attributes.Table, grid) -> dict[
     found = {}
     for name in reader.values:
         sure, agree = agreement(inside[name], outside[name])
-        found[name] = ratio(agree.sum(dim=1).double().numpy(), sure.sum(dim=1).double().numpy())[0]
+        found[name] = ratio(agree.sum(dim=1).double().numpy(), sure.sum(dim=1).double().numpy(), LEAST_PAIRS)[
+            0
+        ]
     return found
 
 
 def overall(results: dict[str, dict]) -> dict[str, float]:
-    """The numbers of a table's last line: means over the attributes.
+    """The numbers of a table's last line.
 
-    kept: 1 - change of the rest / change between unrelated pictures, over all blocks: 1 where the rest always stays the
-    same person, 0 where it becomes another; tie_before, tie_after: over attributes that have ties to speak of.
+    kept: 1 - (change of the rest, mean over re-drawn blocks) / (change between unrelated pictures), both added up over
+    attributes: 1 where the rest always stays the same person, 0 where it becomes another; tie_before, tie_after: means
+    over the attributes that have both. NaN where there is nothing to tell.
     """
-    if not results:
-        return {}
-    kept = [1 - np.mean(each["outside_by_block"]) / each["unrelated"] for each in results.values()]
-    ties = {
-        key: float(np.nanmean([each[key] for each in results.values()]))
-        for key in ("tie_before", "tie_after")
+    changed = sum(np.mean(each["outside_by_block"]) for each in results.values())
+    unrelated = sum(each["unrelated"] for each in results.values())
+    ties = np.array([[each["tie_before"], each["tie_after"]] for each in results.values()]).reshape(-1, 2)
+    ties = ties[np.isfinite(ties).all(axis=1)]
+    before, after = ties.mean(axis=0).tolist() if len(ties) else (float("nan"), float("nan"))
+    return {
+        "kept": float(1 - changed / unrelated) if unrelated else float("nan"),
+        "tie_before": before,
+        "tie_after": after,
     }
-    return {"kept": float(np.mean(kept)), **ties}
