@@ -8,7 +8,9 @@ A Reader (ssn_ext.attributes) reads the re-drawn block alone and the picture wit
     blocks   those that show the attribute: on real pictures it is read rightly from the block alone for at least
              SHOWS of what the whole picture adds to knowing the most frequent value
     tie      how often block and rest agree, where both are sure (a probability of SURE and more): one colour of
-             hair and beard, one skin. It survives an edit if that share is the same before and after
+             hair and beard, one skin. Before the edit, and after those edits that surely changed what the block
+             shows: there the tie survives if the rest has followed. (After all edits it is the same as before, in
+             law, whatever the network does: an edited picture is again a picture of independent latents.)
 
 Numbers are means over latents with standard errors; all blocks of a latent count as one sample.
 """
@@ -21,7 +23,7 @@ from torch_utils.images import to_float
 from training.generating import batches
 from training.shapes import shape_of
 
-SHOWS, SURE = 0.5, 0.8
+SHOWS, SURE = 0.5, 0.65
 LEAST_PAIRS = 30  # a tie is not stated from fewer readings that are sure
 LEARNT = (
     0.25  # an attribute of which the reader gets no more than this beyond the most frequent value is left out
@@ -80,8 +82,11 @@ class Samples:
         self.sums["here"].append(changed[:, self.shown].sum(dim=1))
         self.sums["elsewhere"].append(changed[:, ~self.shown].sum(dim=1))
         self.sums["unrelated"].append(unrelated)
-        for when, one, other in zip(("before", "after"), rest, block, strict=True):
-            sure, agree = agreement(one, other)
+        moved = agreement(*block)  # both sure, and the same value
+        for when, one, other, counted in zip(
+            ("before", "after"), rest, block, (1, moved[0] - moved[1]), strict=True
+        ):
+            sure, agree = (each * counted for each in agreement(one, other))
             self.sums[f"sure_{when}"].append(sure.sum(dim=1))
             self.sums[f"agree_{when}"].append(agree.sum(dim=1))
 
@@ -141,8 +146,8 @@ def check(G, reader, shown, count=256, seed=0, batch=32, progress=lambda done: N
 
     shown: {attribute: [B]}, from visibility. For each attribute: inside (change within re-drawn blocks that show it),
     here and elsewhere (change of the rest, when such a block was re-drawn and when another was), unrelated (change
-    between two independent pictures), tie_before and tie_after; each with _stderr; sure_before and sure_after (share of
-    pairs the ties are taken from), outside_by_block [B].
+    between two independent pictures), tie_before and tie_after (an edit that changed the block); each with _stderr;
+    sure_before and sure_after (share of pairs the ties are taken from), outside_by_block [B].
     """
     masks = blocks.block_masks(G.latent_grid, shape_of(G))
     samples = {name: Samples(each >= SHOWS) for name, each in shown.items()}
