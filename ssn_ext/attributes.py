@@ -414,8 +414,8 @@ def _show_check(details: dict, shown: dict, results: dict, real: dict) -> None:
         ties = [_number(total[key], ".3f") for key in ("tie_before", "tie_after")]
         click.echo(
             f"\nThe rest keeps {_number(total['kept'], '.3f')} of what unrelated pictures differ in; where both are"
-            f" sure,\nblock and rest agree in {ties[0]} before, and in {ties[1]} after the block has changed (means over"
-            " attributes)"
+            f" sure,\nblock and rest agree in {ties[0]} before, and in {ties[1]} after the block has changed"
+            " (means over attributes)"
         )
 
 
