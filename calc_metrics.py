@@ -61,7 +61,7 @@ def plug_in():
     "--data", metavar="PATH", help="Folder or zip of real images, or 'demo'  [default: the snapshot's]"
 )
 @click.option("--mirror", type=bool, metavar="BOOL", help="Mirror the real images  [default: as trained]")
-@click.option("--gpus", type=int, default=1, show_default=True, metavar="INT", help="Processes; 0 = CPU")
+@click.option("--gpus", type=int, metavar="INT", help="Processes; 0 = CPU  [default: 1]")
 @click.option(
     "--device",
     type=click.Choice(["auto", "cpu", "cuda"]),
@@ -99,10 +99,19 @@ def calc_metrics(**options):
 
     Every line also says what the numbers depend on: detector and sha256, counts, hash of the data, seed.
     """
+    from torch_utils import distributed
+
     plug_in()
-    args = make_config(dnnlib.EasyDict(options))
-    show(args)
-    launch(args)
+    try:
+        with distributed.joined() as leads:
+            if leads:
+                args = make_config(dnnlib.EasyDict(options))
+                show(args)
+                launch(args)
+            else:
+                distributed.follow()
+    except (distributed.PeerError, OSError, ValueError) as err:
+        raise click.ClickException(str(err)) from err
 
 
 # ----------------------------------------------------------------------------------------
@@ -125,10 +134,10 @@ def make_config(o):
             for key in ("network_pkl", "metrics", "detector", "batch", "workers", "ops", "seed", "verbose")
         }
     )
-    from torch_utils.distributed import choose_device
+    from torch_utils.distributed import choose_processes
 
     try:
-        args.num_gpus, args.device_type = choose_device(o.gpus, o.device)
+        args.num_gpus, args.device_type = choose_processes(o.gpus, o.device)
     except ValueError as err:
         raise click.ClickException(str(err)) from err
     args.run_dir = run_dir_of(o.network_pkl)
@@ -188,7 +197,7 @@ def show(args):
 
 def launch(args):
     """Runs the metrics in one process or several; click.ClickException for mistakes that show only now."""
-    from torch.multiprocessing import ProcessRaisedException
+    from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
     from torch_utils import distributed
 
@@ -201,6 +210,8 @@ def launch(args):
         raise click.ClickException(str(err)) from err
     except ProcessRaisedException as err:  # its text is a traceback, which ends with the reason
         raise click.ClickException(str(err).strip().rsplit("\n", 1)[-1]) from err
+    except ProcessExitedException as err:
+        raise click.ClickException(f"{err}; the others have been stopped") from err
 
 
 def show_warning(message, *_where):
@@ -220,7 +231,7 @@ def measure(rank, args):
     import torch
 
     from metrics.metric_utils import ProgressMonitor
-    from torch_utils import custom_ops
+    from torch_utils import custom_ops, distributed
 
     load_plugins()
     cuda = args.device_type == "cuda"
@@ -234,7 +245,7 @@ def measure(rank, args):
         torch.backends.cudnn.benchmark = True
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    device = distributed.local_device(args.device_type, rank)
     G = args.G.eval().requires_grad_(False).to(device)
     shared = {} if len(args.metrics) > 1 else None
     for name in args.metrics:

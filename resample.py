@@ -20,7 +20,8 @@ OPTIONS = [
     click.Option(["--network"], metavar="FILE|URL", help="Network pickle  [default: the demo]"),
     click.Option(["--seeds"], type=NumRange(), help="Pictures to begin with: 0-7 / 1,4  [default: 0]"),
     click.Option(["--blocks"], metavar="LIST",
-                 help="Re-draw these: 5,6 / 4-7 / row1 / rows0-1 / col2 / cols1-2 / all"),
+                 help="Re-draw these: 5,6 / 4-7 / row1 / rows0-1 / col2 / cols1-2 / all; of several grids"
+                      " 0:5,6,1:row0"),
     click.Option(["--mask"], type=FILE, help="Re-draw the blocks that are white in this picture"),
     click.Option(["--mask-coverage"], type=click.FloatRange(0, 1, max_open=True), default=0.0,
                  show_default=True, help="Only blocks of which more than this share is white"),
@@ -118,12 +119,12 @@ def show_files(job, folder, records):
 @click.command(help=HELP, params=OPTIONS)
 def main(**options):
     """Checks the call, re-draws picture after picture, says what was written."""
-    from ssn_ext import results, session  # PyTorch is slow to import, and --help does not need it
+    from ssn_ext import grids, results, session  # PyTorch is slow to import, and --help does not need it
 
     with user_errors():
         job = session.make_job(session.Options(**options), DEMO_NETWORK)
         height, width = job.mask.shape
-        grid = "x".join(map(str, job.G.latent_grid))
+        grid = grids.grid_name(grids.grids_of(job.G))
         click.echo(f"Network {job.network_source}: {width}x{height} pixels, {grid} blocks, on {job.device}")
         folder = results.run_folder(job.outdir, job.name, job.same)
         records = []

@@ -281,11 +281,21 @@ def continue_config(run_dir, given):
 def plan(options, given):
     """The options of the loop for a command: run directory, and whether an earlier run is continued. Writes
     nothing."""
+    from torch_utils import distributed
+
+    started = distributed.started_processes()
+    if started is not None and "gpus" not in given:
+        options = {**options, "gpus": started}
     command = {k: v for k, v in options.items() if k not in NOT_RUN_OPTIONS and v is not None}
     run_dir = find_run(options["outdir"], options["resume"])
     if run_dir is not None:
         c, command = continue_config(run_dir, {k: options[k] for k in given})
         c.exact_resume = True
+        if started is not None and started != c.num_gpus:
+            raise configs.ConfigError(
+                f"--resume={run_dir} goes on with the run's own number of processes, {c.num_gpus}, but {started} have"
+                " been started (WORLD_SIZE)"
+            )
     else:
         if options["outdir"] is None:
             raise configs.ConfigError("--outdir is required: where the run directory is to be made")
@@ -321,21 +331,21 @@ def show(c, command):
 
 
 def worker(rank, c):
-    """One process of the run."""
+    """One process of the run: whether training is complete (it is not when it was stopped)."""
     import torch
 
-    from torch_utils import custom_ops, training_stats
+    from torch_utils import custom_ops, distributed, training_stats
     from training.training_loop import training_loop
 
     load_plugins()
     if c.num_gpus > 1:
-        cuda = c.device != "cpu" and torch.cuda.is_available()
-        training_stats.init_multiprocessing(rank, torch.device("cuda", rank) if cuda else torch.device("cpu"))
+        training_stats.init_multiprocessing(rank, distributed.local_device(c.device, rank))
     if rank != 0:
         custom_ops.verbosity = "none"
-    with dnnlib.util.Logger(file_name=os.path.join(c.run_dir, "log.txt"), file_mode="a", should_flush=True):
+    log = os.path.join(c.run_dir, "log.txt") if rank == 0 else None
+    with dnnlib.util.Logger(file_name=log, file_mode="a", should_flush=True):
         try:
-            complete = training_loop(rank=rank, **c)
+            return training_loop(rank=rank, **c)
         except (OSError, ValueError) as err:
             if type(err) is ValueError:
                 raise  # not one of our own messages to the user: show where it came from
@@ -348,8 +358,6 @@ def worker(rank, c):
                 raise
             print(f"Error: out of memory. {less_memory(c)}")
             sys.exit(1)
-    if not complete and c.num_gpus == 1:  # of several processes each just ends
-        sys.exit(130)
 
 
 def less_memory(c):
@@ -364,7 +372,7 @@ def less_memory(c):
 
 
 def launch(c, command):
-    """Makes the run directory, records the options, and runs the processes."""
+    """Makes the run directory, records the options, and runs the processes; returns what worker() does."""
     from torch.multiprocessing import ProcessExitedException
 
     from torch_utils import distributed
@@ -375,15 +383,37 @@ def launch(c, command):
         f.write(json.dumps(saved, indent=2).encode("utf-8"))
     print("Launching processes...")
     try:
-        distributed.launch(worker, c.num_gpus, args=(c,), device_type=c.device)
+        return distributed.launch(worker, c.num_gpus, args=(c,), device_type=c.device)
     except ProcessExitedException as err:
-        if err.exit_code != 1:
-            raise
-        sys.exit(1)  # the process has said why
+        if err.exit_code != 1:  # else the process has said why
+            print(f"Error: {err}; the others have been stopped.{how_to_go_on(c.run_dir)}")
+        sys.exit(1)
+
+
+def how_to_go_on(run_dir):
+    """What to do after a run has broken off, where there is a checkpoint."""
+    saved = os.path.isfile(os.path.join(run_dir, "checkpoint.pt"))
+    return f" Go on from the last checkpoint with --resume={run_dir}" if saved else ""
 
 
 def _main(ctx, **options):
     """Train a GAN from a folder or zip of pictures, or go on with a run that was stopped."""
+    from torch_utils import distributed
+
+    try:
+        with distributed.joined() as leads:
+            complete = lead(ctx, options) if leads else distributed.follow()
+    except distributed.PeerError as err:
+        raise click.ClickException(str(err)) from err
+    if not complete:
+        sys.exit(130)
+
+
+def lead(ctx, options):
+    """Plans, shows and launches: in the first of several processes that torchrun started, or in the only one.
+
+    Returns whether training is complete, True for a dry run.
+    """
     options["set"] = list(options["set"])
     given = [k for k in options if ctx.get_parameter_source(k) == click.core.ParameterSource.COMMANDLINE]
     try:
@@ -393,9 +423,9 @@ def _main(ctx, **options):
     show(c, command)
     if options["dry_run"]:
         print("Dry run; exiting.")
-        return
+        return True
     try:
-        launch(c, command)
+        return launch(c, command)
     except OSError as err:
         raise click.ClickException(f"--outdir: {err}") from err
 

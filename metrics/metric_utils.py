@@ -49,7 +49,7 @@ class MetricOptions:
     ):  # fmt: skip
         assert 0 <= rank < num_gpus
         if device is None:
-            device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+            device = distributed.local_device("cuda" if torch.cuda.is_available() else "cpu", rank)
         self.G, self.G_kwargs = G, dnnlib.EasyDict(G_kwargs or {})
         self.dataset_kwargs = dnnlib.EasyDict(dataset_kwargs or {})
         self.num_gpus, self.rank, self.device = num_gpus, rank, torch.device(device)
@@ -81,7 +81,7 @@ class MetricOptions:
 def agreed(opts, fn):
     """What fn() returns; where it raises in one process, all raise, so that none waits for another in vain.
 
-    All processes must call it. The one that failed raises its own exception, the others a RuntimeError that
+    All processes must call it. The one that failed raises its own exception, the others a PeerError that
     says the same.
     """
     if distributed.get_world_size() == 1:
@@ -94,7 +94,7 @@ def agreed(opts, fn):
     if distributed.any_rank(failure is not None, device=opts.device):
         texts = [None] * distributed.get_world_size()
         torch.distributed.all_gather_object(texts, text)
-        raise failure or RuntimeError(f"another process failed, {next(filter(None, texts))}")
+        raise failure or distributed.PeerError(f"another process failed, {next(filter(None, texts))}")
     return result
 
 

@@ -355,11 +355,14 @@ def check(network, classifiers, data, labels, count, seed, json_file, device, tr
         table = load_table(data or details["data"], labels or details["labels"], list(reader.values))
         if table.values != reader.values:
             raise ValueError(f"--classifiers={classifiers} was trained on a table with other values")
-        shown = consistency.visibility(reader, table, G.latent_grid)
+        grids = consistency.grids_read(G)
+        if not grids:
+            raise ValueError(f"--network={network} has a single block: there is no rest to stay the same")
+        shown = consistency.visibility(reader, table, grids)
         results = consistency.check(
             G, reader, shown, count, seed, progress=lambda done: click.echo(f"  {done} of {count}", err=True)
         )
-        real = consistency.real_ties(reader.cpu(), table, G.latent_grid)
+        real = consistency.real_ties(reader.cpu(), table, grids)
         _show_check(details, shown, results, real)
         if json_file:
             everything = dict(network=network, classifiers=details, count=count, seed=seed)

@@ -3,6 +3,9 @@
 
 A grid is (h, w) and has B = h*w blocks, numbered row by row from the top left. A spatial latent is flat and
 channel-major: [..., C*h*w] is [..., C, h, w] seen as one axis; the value at [c, r, k] is of block r*w + k.
+
+Where a function takes a `grid` as Grids, it may also be a list of grids over the same picture (ssn_ext.grids): their
+blocks are numbered in one row, the first grid's first, and a latent is [..., C, B] seen as one axis.
 """
 
 import math
@@ -11,14 +14,13 @@ from collections.abc import Sequence
 
 import torch
 
-Grid = Sequence[int]
-
+from ssn_ext.grids import Grid, Grids, as_grids, block_counts, blocks_of_grid, grid_name
 
 # Blocks of a latent.
 
 
 def replace_blocks(
-    latent: torch.Tensor, fresh: torch.Tensor, blocks: Sequence[int] | torch.Tensor, grid: Grid
+    latent: torch.Tensor, fresh: torch.Tensor, blocks: Sequence[int] | torch.Tensor, grid: Grids
 ) -> torch.Tensor:
     """`latent` with the chosen blocks taken from `fresh`; every other value is bit for bit that of `latent`.
 
@@ -27,19 +29,18 @@ def replace_blocks(
     Returns a new tensor of latent's shape and dtype; gradients flow into both arguments.
     Raises ValueError for a shape that does not fit the grid or a block outside it.
     """
-    h, w = grid
     tail = _tail_shape(latent.shape, grid)
     chosen = block_selector(blocks, latent.shape[0], grid, device=latent.device)  # [N or 1, B]
-    where = chosen.reshape(chosen.shape[0], *[1] * (len(tail) - 3), h, w)
+    where = chosen.reshape(chosen.shape[0], *[1] * (len(tail) - 3), *tail[-2:])
     fresh = fresh.to(latent.dtype).expand_as(latent)
     return torch.where(where, fresh.reshape(tail), latent.reshape(tail)).reshape(latent.shape)
 
 
 def block_selector(
-    blocks: Sequence[int] | torch.Tensor, num_samples: int, grid: Grid, device: torch.device | str = "cpu"
+    blocks: Sequence[int] | torch.Tensor, num_samples: int, grid: Grids, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
     """Bool [N, B] (from a LongTensor [N]) or [1, B] (from a list): True where a sample's block is chosen."""
-    num_blocks = grid[0] * grid[1]
+    num_blocks = sum(block_counts(grid))
     if isinstance(blocks, torch.Tensor):
         if blocks.shape != (num_samples,):
             raise ValueError(
@@ -53,43 +54,49 @@ def block_selector(
     return chosen.to(device)
 
 
-def check_blocks(blocks: Sequence[int], grid: Grid) -> None:
-    """Raises ValueError naming the first block that a grid (h, w) does not have."""
-    last = grid[0] * grid[1] - 1
+def check_blocks(blocks: Sequence[int], grid: Grids) -> None:
+    """Raises ValueError naming the first block that a grid (h, w), or the grids together, do not have."""
+    last = sum(block_counts(grid)) - 1
     for block in blocks:
         if not 0 <= block <= last:
-            raise ValueError(f"Block {block} is outside the {grid[0]}x{grid[1]} grid: blocks are 0 to {last}")
+            raise ValueError(f"Block {block} is outside the {grid_name(grid)} grid: blocks are 0 to {last}")
 
 
-def _tail_shape(shape: torch.Size, grid: Grid) -> tuple[int, ...]:
-    """The shape [N, ..., C, h, w] under which a latent of this shape is seen."""
-    h, w = grid
+def _tail_shape(shape: torch.Size, grid: Grids) -> tuple[int, ...]:
+    """The shape [N, ..., C, h, w] under which a latent of this shape is seen; several grids are one row."""
+    grids = as_grids(grid)
+    h, w = grids[0] if len(grids) == 1 else (1, sum(block_counts(grid)))
     if len(shape) == 4 and tuple(shape[-2:]) == (h, w):
         return tuple(shape)
     if len(shape) < 2 or shape[-1] % (h * w) != 0:
-        raise ValueError(f"A latent of shape {list(shape)} does not hold a {h}x{w} grid of blocks")
+        raise ValueError(f"A latent of shape {list(shape)} does not hold a {grid_name(grid)} grid of blocks")
     return (*shape[:-1], shape[-1] // (h * w), h, w)
 
 
 # Blocks of a picture.
 
 
-def block_masks(grid: Grid, shape: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
+def block_masks(grid: Grids, shape: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
     """Bool [B, H, W] for pictures of shape (H, W): block (r, k) covers rows floor(r*H/h)..floor((r+1)*H/h).
 
-    The masks are disjoint, cover the picture, and none is empty: ValueError if the picture has fewer pixels
-    than the grid has blocks along a side.
+    The masks of one grid are disjoint, cover the picture, and none is empty: ValueError if the picture has fewer
+    pixels than the grid has blocks along a side.
     """
+    return torch.cat([_grid_masks(each, shape) for each in as_grids(grid)]).to(device)
+
+
+def _grid_masks(grid: Grid, shape: Sequence[int]) -> torch.Tensor:
+    """`block_masks` of one grid."""
     (h, w), (height, width) = grid, shape
     if height < h or width < w:
         raise ValueError(f"A picture of {height}x{width} pixels is smaller than its {h}x{w} grid of blocks")
     rows = _intervals(h, height)  # [h, H]
     columns = _intervals(w, width)  # [w, W]
     masks = rows[:, None, :, None] & columns[None, :, None, :]  # [h, w, H, W]
-    return masks.reshape(h * w, height, width).to(device)
+    return masks.reshape(h * w, height, width)
 
 
-def union_mask(blocks: Sequence[int], grid: Grid, shape: Sequence[int]) -> torch.Tensor:
+def union_mask(blocks: Sequence[int], grid: Grids, shape: Sequence[int]) -> torch.Tensor:
     """Bool [H, W]: the pixels of the chosen blocks together."""
     check_blocks(blocks, grid)
     return block_masks(grid, shape)[list(blocks)].any(dim=0)
@@ -108,7 +115,7 @@ def halo_masks(grid: Grid, shape: Sequence[int], cells: int = 1) -> torch.Tensor
     return torch.stack([masks[near].any(dim=0) for near in neighbours(grid, cells)])
 
 
-def blocks_of_mask(mask: torch.Tensor, grid: Grid, coverage: float = 0.0) -> list[int]:
+def blocks_of_mask(mask: torch.Tensor, grid: Grids, coverage: float = 0.0) -> list[int]:
     """The blocks of which a bool mask [H, W] covers more than the share `coverage` in [0, 1)."""
     masks = block_masks(grid, mask.shape)
     share = (masks & mask.bool()).sum(dim=(1, 2)) / masks.sum(dim=(1, 2))  # [B]
@@ -148,13 +155,48 @@ def parse_grid(text: str) -> list[int]:
     return [int(side) for side in sides]
 
 
-def parse_blocks(text: str, grid: Grid) -> list[int]:
+def parse_grids(text: str) -> list[list[int]]:
+    """'4x4,8x8' -> [[4, 4], [8, 8]]. ValueError, in one line, unless each grid is finer than the one before."""
+    grids = [parse_grid(part.strip()) for part in text.split(",")]
+    for coarse, fine in zip(grids, grids[1:], strict=False):
+        if coarse == fine or coarse[0] > fine[0] or coarse[1] > fine[1]:
+            names = f"{grid_name(coarse)} before {grid_name(fine)}"
+            raise ValueError(f"{text}: grids go from coarse to fine, not {names}")
+    return grids
+
+
+def parse_blocks(text: str, grid: Grids) -> list[int]:
     """Sorted block numbers from a list such as '5,6', '4-7', 'row1', 'rows0-1', 'col2', 'cols1-2' or 'all'.
 
-    Parts are joined by commas: 'row0,12-15'. Rows and columns count from 0 as blocks do.
-    Raises ValueError, in one line, for a part that reads otherwise or lies outside the grid (h, w).
+    Parts are joined by commas: 'row0,12-15'. Rows and columns count from 0 as blocks do. Of several grids, 'all'
+    is every block, and else '1:' says which grid (from 0) a part and those after it are of: '0:5,6,1:row0'.
+    Raises ValueError, in one line, for a part that reads otherwise or lies outside its grid (h, w).
     """
-    return sorted({block for part in text.split(",") for block in _parse_part(part.strip().lower(), grid)})
+    grids = as_grids(grid)
+    number = 0 if len(grids) == 1 else None
+    chosen = set()
+    for part in text.lower().split(","):
+        prefix, colon, rest = part.rpartition(":")
+        number = _parse_number(prefix.strip(), grids) if colon else number
+        if number is None and rest.strip() == "all":
+            return list(range(sum(block_counts(grids))))
+        if number is None:
+            raise ValueError(f"{part.strip()!r} is of which grid? {_grid_choices(grids)}")
+        of_grid = blocks_of_grid(grids, number)
+        chosen.update(of_grid[block] for block in _parse_part(rest.strip(), grids[number]))
+    return sorted(chosen)
+
+
+def _parse_number(text: str, grids: Sequence[Grid]) -> int:
+    if not text.isdigit() or int(text) >= len(grids):
+        raise ValueError(f"There is no grid {text!r}: {_grid_choices(grids)}")
+    return int(text)
+
+
+def _grid_choices(grids: Sequence[Grid]) -> str:
+    return "write " + " or ".join(
+        f"'{number}:...' for {grid_name(each)}" for number, each in enumerate(grids)
+    )
 
 
 def _parse_part(part: str, grid: Grid) -> list[int]:

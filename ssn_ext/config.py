@@ -2,7 +2,8 @@
 """The configs of the plug-in: a StyleGAN2 config, edited."""
 
 import dnnlib
-from ssn_ext.blocks import default_grid, parse_grid
+from ssn_ext.blocks import default_grid, parse_grid, parse_grids
+from ssn_ext.grids import block_counts, check_splits, default_splits, grids_of
 from ssn_ext.transfer import constructor_kwargs, spatial_kwargs
 from training import configs
 from training.configs import ConfigError
@@ -23,21 +24,13 @@ def ssn(c, opts):
     rows = {256: configs.paper256, 512: configs.paper512}
     by_block = rows.get(max(opts.block_resolution, 256), configs.paper1024)
     (configs.laptop if small else by_block)(c, opts)
-    try:
-        grid = parse_grid(opts.latent_grid) if opts.latent_grid else None
-    except ValueError as err:
-        raise ConfigError(f"--latent-grid={err}") from err
     any_size = "resolution" in (opts.allow_partial or [])
-    plain, old_grid = c.G_kwargs, None
+    plain, old = c.G_kwargs, ([], [])
     if opts.source is not None:
-        plain, old_grid = widths_of(opts.source, c, None if any_size else opts.img_shape)
-    height, width = opts.img_shape
-    grid = grid or old_grid or default_grid(height, width)
-    if grid[0] > height or grid[1] > width:
-        raise ConfigError(
-            f"--latent-grid: {grid[0]} rows of {grid[1]} blocks do not fit into {width}x{height} pixels"
-        )
-    c.G_kwargs = dnnlib.EasyDict(spatial_kwargs(plain, grid), class_name="ssn_ext.networks.SpatialGenerator")
+        plain, old = widths_of(opts.source, c, None if any_size else opts.img_shape)
+    c.G_kwargs = dnnlib.EasyDict(
+        spatial_kwargs(plain, *chosen_grids(opts, *old)), class_name="ssn_ext.networks.SpatialGenerator"
+    )
     synthesis = c.G_kwargs.synthesis_kwargs = dnnlib.EasyDict(c.G_kwargs.get("synthesis_kwargs", {}))
     if not hasattr((opts.source or {}).get("G_ema"), "latent_grid"):
         # a quarter of the widest layer: 128 of 512, and as small a part of a small network
@@ -56,6 +49,34 @@ def ssn(c, opts):
         c.loss_kwargs.update(class_name="ssn_ext.loss.BlockPathLengthLoss", pl_block_beta=opts.pl_block_beta)
     c.transfer = "ssn_ext.transfer.transfer"
     c.tick_hooks.append("ssn_ext.hooks.ChangeMaps")
+
+
+def chosen_grids(opts, old_grids, old_splits):
+    """(grids, splits) that the options ask for, else those of the source, else one grid by the picture's shape."""
+    height, width = opts.img_shape
+    name = "--latent-grids" if opts.latent_grids else "--latent-grid"
+    if opts.latent_grid and opts.latent_grids:
+        raise ConfigError("--latent-grid and --latent-grids both say what the blocks are: give one of them")
+    try:
+        asked = parse_grids(opts.latent_grids) if opts.latent_grids else []
+        asked = [parse_grid(opts.latent_grid)] if opts.latent_grid else asked
+    except ValueError as err:
+        raise ConfigError(f"{name}={err}") from err
+    grids = asked or old_grids or [default_grid(height, width)]
+    for rows, columns in grids:
+        if rows > height or columns > width:
+            raise ConfigError(
+                f"{name}: {rows} rows of {columns} blocks do not fit into {width}x{height} pixels"
+            )
+    if opts.grid_split is not None and len(grids) == 1:
+        raise ConfigError("--grid-split divides the layers between several grids: see --latent-grids")
+    kept = old_splits if grids == old_grids else default_splits(grids, opts.img_shape, opts.block_resolution)
+    splits = kept if opts.grid_split is None else opts.grid_split
+    try:
+        check_splits(grids, splits, opts.block_resolution)
+    except ValueError as err:
+        raise ConfigError(f"--grid-split={err}") from err
+    return grids, splits
 
 
 # Options of a synthesis network that mean the same to SPADE.
@@ -82,6 +103,8 @@ def spade(c, opts):
             f"--precision={opts.precision} cannot be had with --cfg=spade, which computes in float32"
         )
     ssn(c, opts)
+    if "latent_grids" in c.G_kwargs:
+        raise ConfigError("--cfg=spade knows one grid of latents: say which, as --latent-grid=4x4")
     c.G_kwargs.class_name = "ssn_ext.spade_networks.SpadeGenerator"
     synthesis = c.G_kwargs.synthesis_kwargs
     if synthesis.get("architecture", "skip") != "skip":
@@ -93,8 +116,8 @@ def spade(c, opts):
 
 
 def widths_of(source, c, img_shape):
-    """(constructor arguments of a plain generator, grid of a spatial source or None) from the networks of a
-    snapshot; sets c.D_kwargs likewise.
+    """(constructor arguments of a plain generator, (grids, splits) of a spatial source, else empty ones) from the
+    networks of a snapshot; sets c.D_kwargs likewise.
 
     img_shape: [H, W] of the data set, which must be the network's; None takes any network, whose widths go on to
     further blocks as its channel_base says.
@@ -107,12 +130,13 @@ def widths_of(source, c, img_shape):
             " --allow-partial=resolution takes what they share"
         )
     plain = _own_kwargs(G)
-    old = plain.pop("latent_grid", None)
-    if old is not None:
-        for name in ["z_dim", "w_dim"]:
-            plain[name] //= old[0] * old[1]
+    grids, splits = grids_of(G) if hasattr(G, "latent_grid") else [], getattr(G, "grid_splits", [])
+    for name in ["latent_grid", "latent_grids", "grid_splits"]:
+        plain.pop(name, None)
+    for name in ["z_dim", "w_dim"]:
+        plain[name] //= sum(block_counts(grids)) if grids else 1
     c.D_kwargs = dnnlib.EasyDict(_own_kwargs(D), class_name=c.D_kwargs.class_name)
-    return plain, old
+    return plain, (grids, splits)
 
 
 def _own_kwargs(network):

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from ssn_ext import attributes, blocks, resampling
+from ssn_ext.grids import blocks_of_grid, grids_of, grids_with_outside
 from torch_utils.images import to_float
 from training.generating import batches
 from training.shapes import shape_of
@@ -53,6 +54,11 @@ def draw_latents(G: torch.nn.Module, seed: int, numbers) -> tuple[torch.Tensor, 
     if G.c_dim:
         c[np.arange(len(drawn)), [rnd.integers(G.c_dim) for rnd in drawn]] = 1
     return torch.from_numpy(z[:, 0]), torch.from_numpy(z[:, 1]), torch.from_numpy(c)
+
+
+def grids_read(G: torch.nn.Module) -> list:
+    """The grids whose blocks are re-drawn one at a time: those of more than one block."""
+    return [grids_of(G)[number] for number in grids_with_outside(grids_of(G))]
 
 
 class Samples:
@@ -148,15 +154,17 @@ def check(G, reader, shown, count=256, seed=0, batch=32, progress=lambda done: N
     here and elsewhere (change of the rest, when such a block was re-drawn and when another was), unrelated (change
     between two independent pictures), tie_before and tie_after (an edit that changed the block); each with _stderr;
     sure_before and sure_after (share of pairs the ties are taken from), outside_by_block [B].
+    Of several grids the blocks of those that have more than one are numbered in one row.
     """
-    masks = blocks.block_masks(G.latent_grid, shape_of(G))
+    masks = blocks.block_masks(grids_read(G), shape_of(G))
+    redrawn = [block for n in grids_with_outside(grids_of(G)) for block in blocks_of_grid(grids_of(G), n)]
     samples = {name: Samples(each >= SHOWS) for name, each in shown.items()}
     device = next(G.parameters()).device
     reader = reader.to(device)
     done = 0
     for numbers in batches(range(count), batch):
         z, fresh, c = (each.to(device) for each in draw_latents(G, seed, numbers))
-        pictures = resampling.resample_each(G, z, c, fresh)
+        pictures = resampling.resample_each(G, z, c, fresh, redrawn)
         before = next(pictures)
         other = G(fresh, c, noise_mode="const")
         everything = torch.ones_like(masks[:1])

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ssn_ext.blocks import block_masks
+from ssn_ext.grids import Grid, Grids, as_grids, grids_with_outside
 
 NAMES = ("mse", "features", "emd")
 NUM_BASES = 4  # orthonormal bases of channel space along which masked_emd looks: the channels and three more
@@ -21,11 +22,11 @@ Distortion = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def choose(
-    grid: Sequence[int], features: Callable[[torch.Tensor], torch.Tensor] | None = None
+    grid: Grids, features: Callable[[torch.Tensor], torch.Tensor] | None = None
 ) -> dict[str, Distortion]:
     """The distortions by name, as functions (before, after, mask) -> [N]; 'features' only where these are given.
 
-    grid: (h, w) of the blocks, for emd; features: see masked_features.
+    grid: (h, w) of the blocks, or several grids, for emd; features: see masked_features.
     """
     found = {"mse": masked_mse, "emd": functools.partial(masked_emd, grid=grid)}
     if features is not None:
@@ -53,18 +54,24 @@ def masked_mse(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor) ->
     return (change * weight).sum(dim=(1, 2)) / weight.sum(dim=(1, 2))
 
 
-def masked_emd(
-    before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor, grid: Sequence[int]
-) -> torch.Tensor:
+def masked_emd(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor, grid: Grids) -> torch.Tensor:
     """Earth mover's distance of the colours in each block, squared and sliced, mean over the mask -> [N].
 
     For each block of the grid the colours of its pixels in the mask, wherever they lie, are two sets of points
     in channel space. Along a direction the cheapest way to carry one set onto the other pairs their sorted
     values; the squared differences are averaged over pixels and over `channel_directions` (2-Wasserstein,
     squared). Moving pixels about within a block costs nothing, so it is never more than masked_mse; it equals it for
-    a change by one colour. NaN for an empty mask. Gradients flow into both.
+    a change by one colour. Of several grids: the mean over those of more than one block. NaN for an empty mask.
+    Gradients flow into both.
     """
     before, after = torch.broadcast_tensors(before, after)
+    several = as_grids(grid)
+    chosen = [several[number] for number in grids_with_outside(several)] or several
+    return torch.stack([_emd_of_grid(before, after, mask, each) for each in chosen]).mean(dim=0)
+
+
+def _emd_of_grid(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """`masked_emd` of pictures of one shape and one grid."""
     count, channels, height, width = before.shape
     places, real = _places(grid, (height, width), before.device)  # [B, n], [B, n]
     taken = mask.to(before.device).expand(count, -1, -1).flatten(1)[:, places] & real  # [N, B, n]
@@ -91,9 +98,7 @@ def channel_directions(channels: int) -> torch.Tensor:
     return torch.cat(bases)
 
 
-def _places(
-    grid: Sequence[int], shape: Sequence[int], device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _places(grid: Grid, shape: Sequence[int], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Pixel numbers of each block [B, n], n of the largest, and which of them are not mere filling, bool."""
     inside = block_masks(grid, shape).flatten(1).to(torch.uint8)  # [B, H*W]
     most = int(inside.sum(dim=1).max())

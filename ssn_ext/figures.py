@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ssn_ext.blocks import block_masks, check_blocks, union_mask
+from ssn_ext.grids import Grid, Grids, as_grids, block_name, blocks_of_grid, grid_name
 
 PAPER, INK, FAINT = (255, 255, 255), (40, 40, 46), (130, 130, 138)
 ACCENT = (40, 220, 255)  # outlines: a colour that change maps do not have
@@ -174,7 +175,7 @@ def change_sheet(
     originals: Sequence[np.ndarray],
     resampled: Sequence[Sequence[np.ndarray]],
     blocks: Sequence[int],
-    grid: Sequence[int],
+    grid: Grids,
 ) -> np.ndarray:
     """N rows: original | one column per block, that block re-drawn and outlined | mean change over them.
 
@@ -189,7 +190,7 @@ def change_sheet(
         for before, row in zip(originals, resampled, strict=True)
     ]
     top = heat_top(changes)
-    names = ["original", *(f"block {block}" for block in blocks), "mean change"]
+    names = ["original", *(f"block {block_name(block, grid)}" for block in blocks), "mean change"]
     rows = []
     for before, row, change in zip(originals, resampled, changes, strict=True):
         edited = [outline(magnify(p, factor), mask) for p, mask in zip(row, masks, strict=True)]
@@ -202,11 +203,22 @@ def change_sheet(
 # Blocks.
 
 
-def numbering_picture(picture: np.ndarray, grid: Sequence[int], chosen: Sequence[int] = ()) -> np.ndarray:
-    """The picture with the borders and numbers of all blocks over it; the chosen ones are outlined."""
+def numbering_picture(picture: np.ndarray, grid: Grids, chosen: Sequence[int] = ()) -> np.ndarray:
+    """The picture with the borders and numbers of all blocks over it; the chosen ones are outlined. Of several grids
+    one picture each, side by side."""
     check_blocks(chosen, grid)
+    grids, cells = as_grids(grid), []
+    factor = enlargement(picture.shape, max(2 * TARGET_SIZE, 64 * max(map(max, grids))))
+    for number, each in enumerate(grids):
+        own = [i for i, block in enumerate(blocks_of_grid(grids, number)) if block in chosen]
+        label = f"{number}:...  the blocks of the {grid_name(each)} grid"
+        cells.append((_numbered_blocks(picture, each, own, factor), label))
+    return cells[0][0] if len(cells) == 1 else sheet([cells])
+
+
+def _numbered_blocks(picture: np.ndarray, grid: Grid, chosen: Sequence[int], factor: int) -> np.ndarray:
+    """`numbering_picture` of one grid, `factor` times as large as the picture."""
     shape = picture.shape[:2]
-    factor = enlargement(shape, max(2 * TARGET_SIZE, 64 * max(grid)))
     large = magnify(picture, factor).copy()
     masks = [enlarge(mask, factor) for mask in block_masks(grid, shape).numpy()]
     for mask in masks:

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 
 from ssn_ext import figures, resampling
+from ssn_ext.grids import block_counts, grids_of
 from torch_utils.images import to_uint8, write_png
 from training.hooks import Hook
 
@@ -32,7 +33,8 @@ class ChangeMaps(Hook):
         if not run.is_main or not self.due(run.c.image_snapshot_ticks):
             return
         G, device = run.G_ema, run.device
-        count = G.latent_grid[0] * G.latent_grid[1]
+        grids = grids_of(G)
+        count = sum(block_counts(grids))
         shown = sorted({round(i) for i in np.linspace(0, count - 1, min(count, 16))})
         pictures = resampling.resample_each(
             G, self.z.to(device), self.c.to(device), self.fresh.to(device), shown
@@ -42,7 +44,7 @@ class ChangeMaps(Hook):
         ]  # each [N, H, W, C]
         before, after = pictures[0], pictures[1:]
         sheet = figures.change_sheet(
-            list(before), [[step[n] for step in after] for n in range(PICTURES)], shown, G.latent_grid
+            list(before), [[step[n] for step in after] for n in range(PICTURES)], shown, grids
         )
         write_png(self.path(f"changes{run.counters.nimg // 1000:06d}.png"), sheet)
 

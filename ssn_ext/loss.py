@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from ssn_ext import blocks, distortion
+from ssn_ext import blocks, distortion, grids
 from torch_utils import distributed, training_stats
 from torch_utils.ops import conv2d_gradfix
 from training.loss import PhaseRow, StyleGAN2Loss
@@ -16,12 +16,13 @@ class DistortionRegularizedLoss(StyleGAN2Loss):
     """StyleGAN2's loss + lambda_d * R_D, eq. (2) of the SSN paper divided by B (B - 1).
 
     R_D = E sum_a sum_{b != a} MSE(g(z)_b, g(z^a)_b) / (B (B - 1)) over pictures in [-1, 1] that are not
-    clamped, where z^a is z with block a drawn anew. It is estimated without bias: per sample one uniform
-    block a (dist_blocks of them, averaged), the same noise in both pictures, no style mixing. The phase runs
-    every dist_interval iterations on 1/dist_batch_shrink of the batch, weighted by the interval; at lambda_d
-    = 0 there is no such phase. `distortion` names what stands in the MSE's place (ssn_ext.distortion): 'mse',
-    'emd', or 'features', which are those of D as it is at that step: no other network has to be had, and a
-    checkpoint and all processes hold it anyway. D sees both pictures without augmentation and is not trained by it.
+    clamped, where z^a is z with block a drawn anew; of several grids, the mean of each one's R_D. It is
+    estimated without bias: per sample one uniform block a (dist_blocks of them, averaged), the same noise in
+    both pictures, no style mixing. The phase runs every dist_interval iterations on 1/dist_batch_shrink of the
+    batch, weighted by the interval; at lambda_d = 0 there is no such phase. `distortion` names what stands in the
+    MSE's place (ssn_ext.distortion): 'mse', 'emd', or 'features', which are those of D as it is at that step: no
+    other network has to be had, and a checkpoint and all processes hold it anyway. D sees both pictures without
+    augmentation and is not trained by it.
     """
 
     TERMS = {**StyleGAN2Loss.TERMS, "Gdist": ["distortion"]}
@@ -35,12 +36,12 @@ class DistortionRegularizedLoss(StyleGAN2Loss):
         self.dist_interval = dist_interval
         self.dist_batch_shrink = dist_batch_shrink
         self.dist_blocks = dist_blocks
-        self.measure = choose_distortion(distortion, self.G_mapping.latent_grid, self.D)
+        self.measure = choose_distortion(distortion, grids.grids_of(self.G_synthesis), self.D)
 
     def phase_rows(self, G_reg_interval=4, D_reg_interval=16):
         """StyleGAN2's phases and, unless lambda_d is 0, Gdist after the other phases of G."""
         rows = super().phase_rows(G_reg_interval, D_reg_interval)
-        if self.lambda_d != 0 and self.G_mapping.latent_grid != [1, 1]:  # one block has no outside
+        if self.lambda_d != 0 and grids.grids_with_outside(grids.grids_of(self.G_synthesis)):
             after = sum(row.net == "G" for row in rows)
             rows.insert(after, PhaseRow("Gdist", "G", self.dist_interval))
         return rows
@@ -65,9 +66,9 @@ def estimate_distortion(G_mapping, G_synthesis, z, c, num_blocks=1, measure=dist
     """One unbiased draw of R_D per sample -> [N]: the distortion outside a random block a of g(z) and g(z^a),
     `num_blocks` draws averaged. z [N, z_dim]; a is drawn before z', and both before the noise, which all
     pictures share. measure: (before, after, mask) -> [N], the change where the mask is True."""
-    grid = G_mapping.latent_grid
+    grid = grids.grids_of(G_synthesis)
     ws = G_mapping(z, c, skip_w_avg_update=True)
-    picks = torch.randint(grid[0] * grid[1], [num_blocks, z.shape[0]], device=z.device)
+    picks = grids.random_blocks(grid, [num_blocks, z.shape[0]], device=z.device)
     fresh = [G_mapping(torch.randn_like(z), c, skip_w_avg_update=True) for _ in range(num_blocks)]
     noise = NoiseReplay(z.device)
     before = noise.run(G_synthesis, ws)
@@ -108,7 +109,7 @@ class BlockPathLengthLoss(DistortionRegularizedLoss):
             return None
         size = max(batch.gen_z.shape[0] // self.pl_batch_shrink, 1)
         img, ws = self.run_G(batch.gen_z[:size], batch.gen_c[:size])
-        lengths = block_path_lengths(img, ws, self.G_mapping.latent_grid, self.pl_block_beta)
+        lengths = block_path_lengths(img, ws, grids.grids_of(self.G_synthesis), self.pl_block_beta)
         mean = self.pl_block_mean.lerp(lengths.mean(), self.pl_decay)
         self.pl_block_mean = distributed.average(mean)  # one for all processes, as pl_mean
         penalty = training_stats.report("Loss/pl_penalty", (lengths - mean).square())
@@ -125,16 +126,20 @@ class BlockPathLengthLoss(DistortionRegularizedLoss):
 
 
 def block_path_lengths(img, ws, grid, beta):
-    """|J_a^T (m y)| of one random block a per sample -> [N]; see BlockPathLengthLoss. img [N, C, H, W] was made of
-    ws [N, num_ws, w_dim]; layers count as in StyleGAN2: the mean over them of squared norms. Gradients flow."""
+    """|J_a^T (m y)| of one random block a (of all grids) per sample -> [N]; see BlockPathLengthLoss.
+
+    img [N, C, H, W] was made of ws [N, num_ws, w_dim]; layers count as in StyleGAN2: the mean over them of squared
+    norms. Gradients flow.
+    """
     count, height, width = img.shape[0], *img.shape[2:]
-    picks = torch.randint(grid[0] * grid[1], [count], device=img.device)
+    num_blocks = sum(grids.block_counts(grid))
+    picks = torch.randint(num_blocks, [count], device=img.device)
     noise = torch.randn_like(img) / (height * width) ** 0.5
     inside = blocks.block_masks(grid, [height, width], device=img.device)[picks]  # [N, H, W]
     noise = torch.where(inside[:, None], noise, noise / beta)
     with conv2d_gradfix.no_weight_gradients():
         (jacobian,) = torch.autograd.grad([(img * noise).sum()], [ws], create_graph=True)
-    by_block = jacobian.reshape(count, ws.shape[1], -1, grid[0] * grid[1])  # [N, num_ws, C, B]
+    by_block = jacobian.reshape(count, ws.shape[1], -1, num_blocks)  # [N, num_ws, C, B]
     own = by_block[torch.arange(count, device=img.device), :, :, picks]  # [N, num_ws, C]
     return own.square().sum(dim=2).mean(dim=1).sqrt()
 

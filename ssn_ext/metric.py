@@ -9,6 +9,7 @@ import torch
 
 from metrics import detectors, metric_utils
 from ssn_ext import blocks, distortion, figures, floor, resampling
+from ssn_ext.grids import blocks_of_grid, grid_means, grid_name, grids_of, grids_with_outside
 from torch_utils.images import to_float, write_png
 from training.shapes import shape_of
 
@@ -26,7 +27,8 @@ def ldbr_dist(opts):
     Results: ldbr_dist and _stderr; _inside (diversity) and its _stderr; _locality = inside / outside;
     _nohalo (the blocks next to the re-drawn one left out); with --detector also both in its perceptual
     distance; _influence, the blocks x blocks matrix (row: block re-drawn, column: pixels changed), which is
-    also drawn into influence.png of the run directory.
+    also drawn into influence.png of the run directory. Of several grids: these as means over the grids (without
+    _nohalo and _influence), and all of them for each grid, as ldbr_dist_8x8, with influence_8x8.png.
     """
     G = prepared(opts)
     source = detector = None
@@ -35,15 +37,16 @@ def ldbr_dist(opts):
         detector = metric_utils.open_detector(opts, source.source)  # by all processes together
     if opts.rank != 0:
         return {}
-    matrices = influence_samples(opts, G, NUM_LATENTS).numpy()  # [N, B, B]
-    result = summarise_influence(matrices, G.latent_grid, shape_of(G))
+    matrices = influence_by_grid(opts, G)
+    result = summarise_grids(matrices, grids_of(G), shape_of(G))
     if detector is not None:
         for key, value in perceptual_changes(opts, G, detector, NUM_PERCEPTUAL).items():
             result[detectors.result_name(key, source)] = value
     opts.details.update(num_latents=NUM_LATENTS, noise_mode="const")
     if opts.run_dir is not None and os.path.isdir(opts.run_dir):
-        picture = figures.influence_picture(matrices.mean(axis=0), G.latent_grid)
-        write_png(os.path.join(opts.run_dir, "influence.png"), picture)
+        for number, each in matrices.items():
+            picture = figures.influence_picture(each.numpy().mean(axis=0), grids_of(G)[number])
+            write_png(os.path.join(opts.run_dir, f"influence{suffix(G, number)}.png"), picture)
     return result
 
 
@@ -52,7 +55,9 @@ def ldbr_floor(opts):
 
     Results: ldbr_floor (of the data) and _lower (its certified lower bound), ldbr_floor_own (of the
     generator's covariance), _efficiency = own floor / distortion, _kept = share of the data's covariance that
-    the generator kept, _distortion and _inside as ldbr_dist gives them. docs/limit.md explains them.
+    the generator kept, _distortion and _inside as ldbr_dist gives them. docs/limit.md explains them. Of several
+    grids, all but _kept for each grid, as ldbr_floor_8x8; ldbr_floor_own_8x8 is then the floor of the variance that
+    this grid moves, and ldbr_floor_share_8x8 the share of all variance that it is.
     """
     G = prepared(opts)
     if G.img_resolution > FLOOR_RESOLUTION:
@@ -62,22 +67,38 @@ def ldbr_floor(opts):
         )
     if opts.rank != 0:
         return {}
-    masks = blocks.block_masks(G.latent_grid, shape_of(G))
     data, made = dataset_pixels(opts), generated_pixels(opts, G)
-    of_data = floor.ldbr_floor(samples=data, masks=masks, progress=reporter(opts, "floor of the data"))
-    own = floor.ldbr_floor(samples=made, masks=masks, progress=reporter(opts, "own floor"))
-    matrices = influence_samples(opts, G, NUM_LATENTS).numpy()
-    change = summarise_influence(matrices, G.latent_grid, shape_of(G))
+    result = {}
+    for number, matrices in influence_by_grid(opts, G).items():
+        for key, value in floor_of_grid(opts, G, number, matrices, data, made).items():
+            result[key + suffix(G, number)] = value
+    result["ldbr_floor_kept"] = floor.kept_covariance(samples_generator=made, samples_data=data)
     opts.details.update(num_latents=NUM_LATENTS, num_real=len(data), num_gen=len(made), noise_mode="const")
-    return {
+    return result
+
+
+def floor_of_grid(opts, G, number, matrices, data, made):
+    """The results of ldbr_floor for one of the grids, from its influence matrices [N, B, B], real and made pictures."""
+    several = len(grids_of(G)) > 1
+    grid, title = grids_of(G)[number], suffix(G, number).replace("_", " ")
+    masks = blocks.block_masks(grid, shape_of(G))
+    moved = redrawn_pixels(opts, G, number) if several else made
+    of_data = floor.ldbr_floor(
+        samples=data, masks=masks, progress=reporter(opts, f"floor of the data{title}")
+    )
+    own = floor.ldbr_floor(samples=moved, masks=masks, progress=reporter(opts, f"own floor{title}"))
+    change = summarise_influence(matrices, grid, shape_of(G))
+    result = {
         "ldbr_floor": of_data.floor,
         "ldbr_floor_lower": of_data.lower_bound,
         "ldbr_floor_own": own.floor,
         "ldbr_floor_efficiency": floor.efficiency(own.floor, change["ldbr_dist"]),
-        "ldbr_floor_kept": floor.kept_covariance(samples_generator=made, samples_data=data),
         "ldbr_floor_distortion": change["ldbr_dist"],
         "ldbr_floor_inside": change["ldbr_dist_inside"],
     }
+    if several:
+        result["ldbr_floor_share"] = own.trace / float(made.double().var(dim=0, correction=0).sum())
+    return result
 
 
 def ldbr_emd(opts):
@@ -90,7 +111,7 @@ def ldbr_emd(opts):
     if opts.rank != 0:
         return {}
     opts.details.update(num_latents=NUM_LATENTS, noise_mode="const")
-    measure = distortion.choose(G.latent_grid)["emd"]
+    measure = distortion.choose(grids_of(G))["emd"]
     return summarise_changes("ldbr_emd", changes_by(opts, G, measure, NUM_LATENTS, "emd"))
 
 
@@ -110,7 +131,7 @@ def ldbr_features(opts):
     def features(pictures):
         return detectors.perceptual_features(detector, pictures)
 
-    measure = distortion.choose(G.latent_grid, features)["features"]
+    measure = distortion.choose(grids_of(G), features)["features"]
     result = summarise_changes("ldbr_features", changes_by(opts, G, measure, NUM_PERCEPTUAL, "features"))
     return {detectors.result_name(key, source): value for key, value in result.items()}
 
@@ -119,9 +140,17 @@ ldbr_features.detector = "vgg16"
 
 
 def prepared(opts):
-    """The generator to measure, on the device; ValueError where it has no grid of latents."""
+    """The generator to measure, on the device; ValueError where it has no grid of latents, or only one block."""
     resampling.check_network(opts.G)
+    if not grids_with_outside(grids_of(opts.G)):
+        raise ValueError("This network has a single block: nothing is outside it, so there is no distortion")
     return metric_utils.copy_of_generator(opts)
+
+
+def suffix(G, number):
+    """What tells the results of one grid from another's: '_8x8', or '' where there is one grid."""
+    grids = grids_of(G)
+    return f"_{grid_name(grids[number])}" if len(grids) > 1 else ""
 
 
 def reporter(opts, title):
@@ -140,31 +169,68 @@ def latent_pairs(opts, count, size=16):
         yield z[:, 0], z[:, 1], metric_utils.labels_for(opts, dataset, picks)[:, 0]
 
 
-def influence_samples(opts, G, count):
-    """Influence matrices [N, B, B] of `count` random latents; metrics of one call share them."""
+def influence_by_grid(opts, G):
+    """{number of grid: influence matrices [NUM_LATENTS, B, B]} for each grid that has an outside."""
+    return {
+        number: influence_samples(opts, G, NUM_LATENTS, number) for number in grids_with_outside(grids_of(G))
+    }
+
+
+def influence_samples(opts, G, count, grid=0):
+    """Influence matrices [N, B, B] of `count` random latents and the blocks of one grid; metrics of one call share
+    them."""
     shared = {} if opts.shared is None else opts.shared
-    key = ("influence", count)
+    key = ("influence", count, grid)
     if key in shared:
         return shared[key]
-    progress = opts.progress.sub(tag="influence", num_items=count, flush_interval=256)
+    progress = opts.progress.sub(
+        tag=f"influence{suffix(G, grid).replace('_', ' ')}", num_items=count, flush_interval=256
+    )
     parts = []
     for z, fresh, c in latent_pairs(opts, count):
-        parts.append(resampling.influence(G, z, c, fresh).cpu())
+        parts.append(resampling.influence(G, z, c, fresh, grid=grid).cpu())
         progress.update(sum(map(len, parts)))
     shared[key] = torch.cat(parts)
     return shared[key]
 
 
-def summarise_influence(matrices, grid, shape):
-    """The results of ldbr_dist from influence matrices [N, B, B] of pictures of `shape` (H, W)."""
-    matrices = torch.as_tensor(matrices, dtype=torch.float64)
+def summarise_grids(matrices, grids, shape):
+    """The results of ldbr_dist from {number of grid: influence matrices [N, B, B]}, pictures of `shape` (H, W)."""
+    if len(grids) == 1:
+        return summarise_influence(matrices[0], grids[0], shape)
+    parts = [changes_by_latent(each, grids[number], shape) for number, each in matrices.items()]
+    result = statistics([torch.stack(each).mean(dim=0) for each in zip(*parts, strict=True)])
+    for number, each in matrices.items():
+        for key, value in summarise_influence(each, grids[number], shape).items():
+            result[f"{key}_{grid_name(grids[number])}"] = value
+    return result
+
+
+def changes_by_latent(matrices, grid, shape):
+    """(inside [N], outside [N]) from influence matrices [N, B, B]: the means over the blocks of each latent, which
+    are not independent of each other."""
     sizes = blocks.block_masks(grid, shape).sum(dim=(1, 2))
-    inside, outside = distortion.split_influence(matrices, sizes, blocks.neighbours(grid, cells=0))  # [N, B]
+    near = blocks.neighbours(grid, cells=0)
+    return [
+        each.mean(dim=1)
+        for each in distortion.split_influence(torch.as_tensor(matrices).double(), sizes, near)
+    ]
+
+
+def statistics(changes):
+    """Mean and standard error of (inside [N], outside [N]), and their ratio."""
     result = {}
-    for key, values in [("ldbr_dist", outside), ("ldbr_dist_inside", inside)]:
-        # one value a latent: its blocks are not independent of each other
-        result.update(mean_and_error(key, values.mean(dim=1)))
+    for key, values in zip(["ldbr_dist", "ldbr_dist_inside"], reversed(changes), strict=True):
+        result.update(mean_and_error(key, values))
     result["ldbr_dist_locality"] = result["ldbr_dist_inside"] / max(result["ldbr_dist"], 1e-12)
+    return result
+
+
+def summarise_influence(matrices, grid, shape):
+    """The results of ldbr_dist from influence matrices [N, B, B] of one grid and pictures of `shape` (H, W)."""
+    matrices = torch.as_tensor(matrices, dtype=torch.float64)
+    result = statistics(changes_by_latent(matrices, grid, shape))
+    sizes = blocks.block_masks(grid, shape).sum(dim=(1, 2))
     near = blocks.neighbours(grid, cells=1)
     if not bool(near.all()):  # a 2x2 grid has nothing beyond its neighbours
         far = distortion.split_influence(matrices, sizes, near)[1]  # NaN for a block that is near all others
@@ -192,11 +258,13 @@ def perceptual_changes(opts, G, detector, count):
 
 @torch.no_grad()
 def changes_by(opts, G, measure, count, tag):
-    """A distortion outside and inside each re-drawn block, averaged over blocks -> two float64 [count].
+    """A distortion outside and inside each re-drawn block, averaged over the blocks of each grid and
+    over grids -> two float64 [count].
 
     measure: (before, after, mask) -> [N], the change where the mask is True, of pictures clamped to [-1, 1].
     """
-    masks = blocks.block_masks(G.latent_grid, shape_of(G), device=opts.device)
+    grids = grids_of(G)
+    masks = blocks.block_masks(grids, shape_of(G), device=opts.device)
     progress = opts.progress.sub(tag=tag, num_items=count, flush_interval=16)
     parts = []
     for z, fresh, c in latent_pairs(opts, count):
@@ -206,7 +274,7 @@ def changes_by(opts, G, measure, count, tag):
             torch.stack([measure(before, after, ~mask), measure(before, after, mask)]).double().cpu()
             for mask, after in zip(masks, pictures, strict=True)
         ]
-        parts.append(torch.stack(changes).mean(dim=0))  # mean over blocks, [2, N]
+        parts.append(grid_means(torch.stack(changes, dim=-1), grids))  # mean over blocks, [2, N]
         progress.update(sum(part.shape[1] for part in parts))
     return torch.cat(parts, dim=1).unbind()
 
@@ -240,3 +308,19 @@ def generated_pixels(opts, G):
             pictures.append(G(z, c, noise_mode="const").clamp(-1, 1).cpu())
             progress.update(sum(map(len, pictures)))
     return torch.cat(pictures)
+
+
+@torch.no_grad()
+def redrawn_pixels(opts, G, number):
+    """NUM_PICTURES samples [N, C, H, W] whose covariance is the part of the pictures' that one grid moves.
+
+    They are (g(z') - g(z)) / sqrt(2), z' being z with all blocks of the grid drawn anew: E Cov(g | other grids).
+    """
+    grids, parts = grids_of(G), []
+    progress = opts.progress.sub(tag=f"moved{suffix(G, number).replace('_', ' ')}", num_items=NUM_PICTURES)
+    for z, fresh, c in latent_pairs(opts, NUM_PICTURES, size=64):
+        other = blocks.replace_blocks(z, fresh, blocks_of_grid(grids, number), grids)
+        before, after = (G(each, c, noise_mode="const").clamp(-1, 1).cpu() for each in (z, other))
+        parts.append((after - before) * 0.5**0.5)
+        progress.update(sum(map(len, parts)))
+    return torch.cat(parts)

@@ -7,7 +7,9 @@ state. Its layers resemble training/networks.py for that reason; a test holds th
 generator.
 
 Flat at the boundary, spatial inside: for a grid of h x w blocks with C channels each, z_dim and w_dim are
-C*h*w, and a latent [N, C*h*w] is [N, C, h, w] seen as one axis (channel-major).
+C*h*w, and a latent [N, C*h*w] is [N, C, h, w] seen as one axis (channel-major). Several grids (`latent_grids`)
+share one latent [N, C, B] with the blocks of all grids side by side; every resolution of the layers' inputs
+reads one of them (`grid_splits`).
 
 A picture of H x W pixels is h0 x w0 doubled n times. Blocks of layers are named after the resolution r = 4, 8, ...,
 4 * 2^n that they have in a square network (h0 = w0 = 4), and have its widths; their pictures are h0 * r/4 x
@@ -23,6 +25,11 @@ import torch
 
 from torch_utils import misc, persistence
 from torch_utils.ops import bias_act, conv2d_resample, fma, upfirdn2d
+
+try:
+    from torch_utils.ops import own_kernels
+except ImportError:
+    own_kernels = None
 
 HALF_DEVICES = {"float16": ["cuda"], "bfloat16": ["cuda", "cpu"]}  # on others float32 stays
 SMALLEST, LARGEST = 4, 32  # sides of h0 x w0
@@ -355,9 +362,15 @@ def style_map(affine, correction, w, e, shape):
     None. Where there are features but no Q, they stand in for w (the paper's layout): s = upsample(W e + b).
     The resizing commutes with the 1x1 projections, which therefore work on the small maps.
     """
+    maps = [resize(grid, *shape) for grid in style_grids(affine, correction, w, e)]
+    return maps[0] if len(maps) == 1 else maps[0] + maps[1]
+
+
+def style_grids(affine, correction, w, e):
+    """The small maps whose resized sum `style_map` is: one or two of [N,I,h,w]."""
     if correction is None:
-        return resize(affine(w if e is None else e), *shape)
-    return resize(affine(w), *shape) + resize(correction(e), *shape)
+        return [affine(w if e is None else e)]
+    return [affine(w), correction(e)]
 
 
 def _correction(encoder_init, channels, in_channels):
@@ -407,12 +420,20 @@ class SpatialSynthesisLayer(torch.nn.Module):
         assert noise_mode in ("random", "const", "none"), noise_mode
         shape = [side // self.up for side in self.shape]
         misc.assert_shape(x, [None, self.weight.shape[1]] + shape)
+        clamp = None if self.conv_clamp is None else self.conv_clamp * gain
+        fast = own_kernels is not None and own_kernels.pays(x, self.weight, self.up, self.activation)
+        if fast and self.demodulation in (None, "circular"):
+            return own_kernels.spatial_layer(
+                x, self.weight, style_grids(self.affine, self.encoder_style, w, e), self.demodulation is not None,
+                self._noise(x, noise_mode), self.bias, up=self.up, padding=self.padding,
+                resample_filter=self.resample_filter, flip_weight=self.up == 1, act=self.activation,
+                gain=self.act_gain * gain, clamp=clamp,
+            )  # fmt: skip
         x = spatially_modulated_conv2d(
             x, self.weight, style_map(self.affine, self.encoder_style, w, e, shape), noise=self._noise(x, noise_mode),
             up=self.up, padding=self.padding, resample_filter=self.resample_filter, demodulation=self.demodulation,
             flip_weight=self.up == 1,
         )  # fmt: skip
-        clamp = None if self.conv_clamp is None else self.conv_clamp * gain
         return bias_act.bias_act(
             x, self.bias.to(x.dtype), act=self.activation, gain=self.act_gain * gain, clamp=clamp
         )
@@ -443,8 +464,12 @@ class SpatialToRGBLayer(torch.nn.Module):
 
     def forward(self, x, w, e):
         """x [N,I,H,W], w [N,C,h,w], e [N,E,H',W'] or None -> [N,O,H,W]."""
-        styles = style_map(self.affine, self.encoder_style, w, e, x.shape[2:])
         weight = self.weight * self.weight_gain  # the gain on the few weights instead of on the large map
+        fast = own_kernels is not None and own_kernels.pays(x, weight, 1, "linear") and self.padding == 0
+        if fast and self.conv_clamp is None:
+            grids = style_grids(self.affine, self.encoder_style, w, e)
+            return own_kernels.spatial_to_rgb(x, weight.flatten(1), grids, self.bias)
+        styles = style_map(self.affine, self.encoder_style, w, e, x.shape[2:])
         x = spatially_modulated_conv2d(x, weight, styles, padding=self.padding, demodulation=None)
         return bias_act.bias_act(x, self.bias.to(x.dtype), clamp=self.conv_clamp)
 
@@ -544,6 +569,17 @@ class SpatialSynthesisBlock(torch.nn.Module):
         return x, img, e
 
 
+def check_grids(grids, splits, resolutions):
+    """AssertionError where not each of `grids` has layers: one split for each grid after the first, rising,
+    each of them a resolution of a block after b4."""
+    assert len(grids) > 0 and len(splits) == len(grids) - 1, (
+        "grid_splits must be one resolution for each of latent_grids after the first"
+    )
+    assert list(splits) == sorted(set(splits)) and all(split in resolutions[1:] for split in splits), (
+        "grid_splits must rise and be of %s, not %s" % (resolutions[1:], list(splits))
+    )
+
+
 @persistence.persistent_class
 class SpatialSynthesisNetwork(torch.nn.Module):
     """ws [N,num_ws,w_dim] -> pictures [N,img_channels,H,W], nominally in [-1,1]; blocks b4, b8, ..., b{4 * 2^n}.
@@ -551,12 +587,13 @@ class SpatialSynthesisNetwork(torch.nn.Module):
     encoder_init: 'exact' starts as the StyleGAN2 that the other tensors are from, 'random' is the paper's
     start, 'none' leaves the encoder out. encoder_kwargs: options of SpatialEncoder. demodulation: see
     `expected_variance`. num_fp16_res: how many of the last blocks, b4 excepted, compute in half precision.
-    img_shape: [H,W], whose longer side img_resolution is; None for a square.
+    img_shape: [H,W], whose longer side img_resolution is; None for a square. latent_grids, grid_splits: see
+    SpatialGenerator.
     """
 
     def __init__(
         self, w_dim, img_resolution, img_channels, latent_grid=[4, 4], channel_base=32768, channel_max=512,
-        num_fp16_res=0, img_shape=None, **block_kwargs
+        num_fp16_res=0, img_shape=None, latent_grids=None, grid_splits=[], **block_kwargs
     ):  # fmt: skip
         super().__init__()
         self.w_dim, self.img_resolution, self.img_channels = w_dim, img_resolution, img_channels
@@ -564,8 +601,11 @@ class SpatialSynthesisNetwork(torch.nn.Module):
         assert max(self.img_shape) == img_resolution, "img_resolution must be the longer side of img_shape"
         h0, w0, doublings = split_shape(*self.img_shape)
         self.latent_grid = [int(side) for side in latent_grid]
+        self.latent_grids = [[int(side) for side in grid] for grid in latent_grids or [latent_grid]]
+        self.grid_splits = [int(split) for split in grid_splits]
         self.img_resolution_log2 = doublings + 2  # of the last block's resolution
         self.block_resolutions = [2**i for i in range(2, self.img_resolution_log2 + 1)]
+        check_grids(self.latent_grids, self.grid_splits, self.block_resolutions)
         first_fp16 = max(2 ** (self.img_resolution_log2 + 1 - num_fp16_res), 8)
         block_w_dim = w_dim // (self.latent_grid[0] * self.latent_grid[1])
         in_channels = 0
@@ -581,11 +621,26 @@ class SpatialSynthesisNetwork(torch.nn.Module):
             self.num_ws += block.num_conv
             in_channels = out_channels
 
+    def _maps(self, ws):
+        """ws [N,num_ws,w_dim] -> one map [N,C,h,w] each, of the grid that the layers reading it belong to.
+
+        The input of these layers has the same resolution, 4 * 2^(i // 2) for the i-th of ws.
+        """
+        blocks = self.latent_grid[0] * self.latent_grid[1]
+        maps = []
+        for i, each in enumerate(ws.reshape([ws.shape[0], self.num_ws, -1, blocks]).unbind(dim=1)):
+            number = sum(4 * 2 ** (i // 2) >= split for split in self.grid_splits)
+            grid = self.latent_grids[number]
+            first = sum(h * w for h, w in self.latent_grids[:number])
+            own = each[:, :, first : first + grid[0] * grid[1]]
+            maps.append(own.reshape([ws.shape[0], -1] + grid))
+        return maps
+
     def forward(self, ws, noise_mode="random", force_fp32=False, fused_modconv=None):
         """ws [N,num_ws,w_dim] -> float32 [N,img_channels,H,W]. `fused_modconv` is accepted and has no meaning
         here: a style that varies in space cannot be folded into the weights."""
         misc.assert_shape(ws, [None, self.num_ws, self.w_dim])
-        ws = ws.to(torch.float32).reshape([ws.shape[0], self.num_ws, -1] + self.latent_grid).unbind(dim=1)
+        ws = self._maps(ws.to(torch.float32))
         x = img = e = None
         first = 0
         for res in self.block_resolutions:
@@ -605,6 +660,11 @@ class SpatialGenerator(torch.nn.Module):
     img_resolution is; None for a square. Sampling, style mixing,
     truncation, path length and projection of the StyleGAN2 family work on it unchanged; code that wants the
     grid asks for `latent_grid`.
+
+    latent_grids: several grids [[h, w], ...] over the same picture instead of one, each with layers of its own:
+    those whose input is smaller than block b{grid_splits[0]} read the first, those from there on the second,
+    and so on. A latent is then [N, C, B], the blocks of all grids side by side, the first grid's first;
+    `latent_grid` says how that is one grid, [1, B], and `latent_grids` where the blocks are in the picture.
     """
 
     def __init__(
@@ -618,9 +678,15 @@ class SpatialGenerator(torch.nn.Module):
         mapping_kwargs={},
         synthesis_kwargs={},
         img_shape=None,
+        latent_grids=None,
+        grid_splits=[],
         **flat_synthesis_kwargs,
     ):  # flat ones are how stylegan3's tools ask for half precision
         super().__init__()
+        several = {}
+        if latent_grids is not None:
+            latent_grid = [1, sum(h * w for h, w in latent_grids)]
+            several = dict(latent_grids=latent_grids, grid_splits=grid_splits)
         blocks = latent_grid[0] * latent_grid[1]
         assert z_dim % blocks == 0 and w_dim % blocks == 0, (
             "z_dim and w_dim must be multiples of the number of blocks"
@@ -635,9 +701,11 @@ class SpatialGenerator(torch.nn.Module):
             img_channels=img_channels,
             latent_grid=latent_grid,
             **({} if img_shape is None else dict(img_shape=img_shape)),
+            **several,
             **dict(synthesis_kwargs, **flat_synthesis_kwargs),
         )
         self.img_shape = list(self.synthesis.img_shape)
+        self.latent_grids, self.grid_splits = self.synthesis.latent_grids, self.synthesis.grid_splits
         self.num_ws = self.synthesis.num_ws
         self.mapping = SpatialMappingNetwork(
             z_dim=z_dim,

@@ -22,6 +22,7 @@ from dnnlib.cli import NumRange, user_errors
 from ssn_ext import droplets as droplet_maps
 from ssn_ext import figures, resampling
 from ssn_ext.blocks import parse_blocks, union_mask
+from ssn_ext.grids import block_name, grids_of
 from torch_utils.distributed import choose_device
 from torch_utils.images import to_uint8, write_png
 from training import generating
@@ -124,7 +125,7 @@ def make_edit(
         ]
     )
     before, after, other = resampling.render(G, ws).clamp(-1, 1).cpu()
-    return Edit(before, after, other, union_mask(blocks, G.latent_grid, shape_of(G)))
+    return Edit(before, after, other, union_mask(blocks, grids_of(G), shape_of(G)))
 
 
 def pixels(picture: torch.Tensor) -> np.ndarray:
@@ -292,12 +293,12 @@ def rows(**given) -> None:
     with user_errors():
         out, G, label = _prepare("rows", given["network"], given)
         resampling.check_network(G)
-        choices = [parse_blocks(text, G.latent_grid) for text in given["blocks"]]
+        choices = [parse_blocks(text, grids_of(G)) for text in given["blocks"]]
         edits = [
             [make_edit(G, seed, blocks, given["candidate"], label, given["trunc"]) for seed in given["seeds"]]
             for blocks in choices
         ]
-        names = [_named(blocks) for blocks in choices]
+        names = [_named(blocks, G) for blocks in choices]
         _write(out, rows_figure(edits, names))
         for name, row in zip(names, edits, strict=True):
             changes = [edit.change() for edit in row]
@@ -320,7 +321,7 @@ def adapt(**given) -> None:
     with user_errors():
         out, G, label = _prepare("adapt", given["network"], given)
         resampling.check_network(G)
-        blocks = parse_blocks(given["blocks"], G.latent_grid)
+        blocks = parse_blocks(given["blocks"], grids_of(G))
         edits = [
             make_edit(G, seed, blocks, given["candidate"], label, given["trunc"]) for seed in given["seeds"]
         ]
@@ -328,7 +329,7 @@ def adapt(**given) -> None:
             raise ValueError(
                 f"--blocks={given['blocks']} is the whole picture: nothing is left that could adapt"
             )
-        _write(out, adapt_figure(edits[:MOST_ROWS], f"{_named(blocks)} re-drawn".capitalize()))
+        _write(out, adapt_figure(edits[:MOST_ROWS], f"{_named(blocks, G)} re-drawn".capitalize()))
         if len(edits) > MOST_ROWS:
             click.echo(f"It shows the first {MOST_ROWS} of {len(edits)} pictures.")
         for name, (ratio, error) in summarise_seams([edit.seams() for edit in edits]).items():
@@ -379,8 +380,9 @@ def _prepare(name, network, given):
     return out, G, generating.class_label(G, given["class_idx"], device)
 
 
-def _named(blocks):
-    return f"block{'s' * (len(blocks) > 1)} {', '.join(map(str, blocks))}"
+def _named(blocks, G):
+    names = [block_name(block, grids_of(G)) for block in blocks]
+    return f"block{'s' * (len(blocks) > 1)} {', '.join(names)}"
 
 
 def _write(out, picture):

@@ -3,6 +3,7 @@
 
 import click
 
+from dnnlib.cli import NumRange
 from metrics.metric_main import METRICS
 from training.configs import CONFIGS, add_option
 from training.formats import NETWORKS
@@ -61,6 +62,21 @@ def register():
         metavar="HxW",
         help="Rows and columns of latent blocks  [default: square blocks, 4x4 for square pictures]",
         **group,
+    )
+    add_option(
+        "--latent-grids",
+        desc="grids{}",
+        metavar="LIST",
+        help="Several grids of blocks over one picture, from coarse (layout) to fine (detail): 4x4,8x8",
+        **modulation,
+    )
+    add_option(
+        "--grid-split",
+        type=NumRange(),
+        metavar="LIST",
+        help="Resolution from which on the layers read the next of --latent-grids  [default: the first with two"
+        " pixels a side of its blocks; 16 for 8x8]",
+        **modulation,
     )
     add_option(
         "--encoder-init",

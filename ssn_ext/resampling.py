@@ -15,6 +15,7 @@ import torch
 
 from ssn_ext.blocks import block_masks, replace_blocks
 from ssn_ext.distortion import block_change, choose, inside_change, outside_change
+from ssn_ext.grids import Grids, block_counts, blocks_of_grid, grids_of
 from training.generating import map_seed, synthesize
 
 # Which latents, which networks.
@@ -40,8 +41,10 @@ def check_network(G: torch.nn.Module) -> None:
 
 
 def network_hash(G: torch.nn.Module) -> str:
-    """SHA-256 over the grid and the names, shapes and values of all parameters and buffers."""
+    """SHA-256 over the grids and the names, shapes and values of all parameters and buffers."""
     digest = hashlib.sha256(repr([int(n) for n in G.latent_grid]).encode())
+    if len(grids_of(G)) > 1:
+        digest.update(repr((grids_of(G), [int(n) for n in G.grid_splits])).encode())
     for name, tensor in sorted(G.state_dict().items()):
         values = tensor.detach().cpu().contiguous()
         digest.update(f"{name}{list(values.shape)}{values.dtype}".encode())
@@ -66,7 +69,7 @@ def redraw(
     Donors are mapped one at a time, so that a candidate is the same bit for bit however many there are.
     """
     fresh = [map_seed(G, donor, label, psi, ws.device) for donor in donors]
-    return torch.cat([replace_blocks(ws, each, blocks, G.latent_grid) for each in fresh])
+    return torch.cat([replace_blocks(ws, each, blocks, grids_of(G)) for each in fresh])
 
 
 def render(
@@ -86,7 +89,7 @@ def measure(
     before: torch.Tensor,
     after: torch.Tensor,
     mask: torch.Tensor,
-    grid: Sequence[int],
+    grid: Grids,
     features: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> list[dict]:
     """The change of every candidate, pictures clamped to [-1, 1]: a list of K dicts of floats.
@@ -133,8 +136,9 @@ def resample_each(
     noise_seed = int(torch.randint(2**31, [])) if noise_mode == "random" else 0
     ws, fresh_ws = (G.mapping(each, c, truncation_psi=truncation_psi) for each in (z, fresh))
     yield synthesize(G, ws, noise_mode, noise_seed)
-    for block in range(int(np.prod(G.latent_grid))) if blocks is None else blocks:
-        edited = replace_blocks(ws, fresh_ws, [block], G.latent_grid)
+    grids = grids_of(G)
+    for block in range(sum(block_counts(grids))) if blocks is None else blocks:
+        edited = replace_blocks(ws, fresh_ws, [block], grids)
         yield synthesize(G, edited, noise_mode, noise_seed)
 
 
@@ -149,14 +153,15 @@ def influence(
     noise_mode: str = "const",
     clamp: bool = True,
     batch_size: int = 16,
+    grid: int = 0,
 ) -> torch.Tensor:
-    """Which block moves which pixels -> float32 [N, B, B] on z's device.
+    """Which block of a grid moves which pixels -> float32 [N, B, B] on z's device; B: blocks of the grid-th grid.
 
     [n, a, b] is the mean squared change of pixel block b of picture n when block a of z is taken from fresh.
     z, fresh: [N, z_dim]; c: [N, c_dim] or None. clamp: compare pictures clamped to [-1, 1], as metrics do.
     See distortion.split_influence for the change inside and outside.
     """
-    rows = []
+    grids, rows = grids_of(G), []
     for start in range(0, len(z), batch_size):
         part = slice(start, start + batch_size)
         pictures = resample_each(
@@ -164,11 +169,12 @@ def influence(
             z[part],
             None if c is None else c[part],
             fresh[part],
+            blocks_of_grid(grids, grid),
             truncation_psi=truncation_psi,
             noise_mode=noise_mode,
         )
         pictures = (each.clamp(-1, 1) if clamp else each for each in pictures)
         before = next(pictures)
-        masks = block_masks(G.latent_grid, before.shape[-2:], device=before.device)
+        masks = block_masks(grids[grid], before.shape[-2:], device=before.device)
         rows.append(torch.stack([block_change(before, after, masks) for after in pictures], dim=1))
     return torch.cat(rows)  # [N, B, B]

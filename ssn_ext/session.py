@@ -14,6 +14,7 @@ import torch
 from ssn_ext import blocks as block_tools
 from ssn_ext import figures, ranking, resampling, results
 from ssn_ext.distortion import discriminator_features
+from ssn_ext.grids import block_name, grids_of
 from torch_utils.distributed import choose_device
 from torch_utils.images import read_image, read_label_map, to_uint8, write_png
 from training import generating
@@ -81,9 +82,9 @@ class Job:
 
     @property
     def what(self) -> str:
-        """What is re-drawn: 'blocks 5, 6'."""
-        blocks = self.settings["blocks"]
-        return f"block{'s' * (len(blocks) != 1)} {', '.join(map(str, blocks))}"
+        """What is re-drawn: 'blocks 5, 6'; of several grids 'blocks 0:5, 1:17'."""
+        blocks = [block_name(block, grids_of(self.G)) for block in self.settings["blocks"]]
+        return f"block{'s' * (len(blocks) != 1)} {', '.join(blocks)}"
 
 
 # Make the job.
@@ -206,15 +207,15 @@ def _passed_on(opts: Options, earlier: Earlier) -> dict[str, Any]:
 
 def _choose_blocks(opts: Options, G: torch.nn.Module) -> tuple[list[int], torch.Tensor]:
     """The blocks to re-draw, and the pixels meant to change: those of the blocks, or the user's mask."""
-    shape = shape_of(G)
+    shape, grids = shape_of(G), grids_of(G)
     if opts.mask is None:
-        blocks = block_tools.parse_blocks(opts.blocks, G.latent_grid) if opts.blocks else []
-        return blocks, block_tools.union_mask(blocks, G.latent_grid, shape)
+        blocks = block_tools.parse_blocks(opts.blocks, grids) if opts.blocks else []
+        return blocks, block_tools.union_mask(blocks, grids, shape)
     mask = torch.from_numpy(_labelled(opts) if opts.label else read_image(opts.mask, "L")[:, :, 0] > 127)
     if list(mask.shape) != shape:
         sizes = [f"{width}x{height}" for height, width in (mask.shape, shape)]
         raise ValueError(f"--mask={opts.mask} has {sizes[0]} pixels, the network's pictures have {sizes[1]}")
-    blocks = block_tools.blocks_of_mask(mask, G.latent_grid, opts.mask_coverage)
+    blocks = block_tools.blocks_of_mask(mask, grids, opts.mask_coverage)
     if not blocks and opts.label:
         raise ValueError(f"--label covers no more than --mask-coverage={opts.mask_coverage} of any block")
     if not blocks:
@@ -316,7 +317,7 @@ def resample(job: Job, folder: str, start: results.Start) -> dict[str, Any]:
         ws = torch.cat([ws, resampling.redraw(job.G, ws, blocks, donors, job.label, settings["trunc"])])
     pictures = resampling.render(job.G, ws, settings["noise_mode"], start.seed)
     features = None if job.D is None else functools.partial(discriminator_features, job.D)
-    changes = resampling.measure(pictures[:1], pictures[1:], job.mask, job.G.latent_grid, features)
+    changes = resampling.measure(pictures[:1], pictures[1:], job.mask, grids_of(job.G), features)
     candidates = [
         {"number": number, "donor": donor, "image": f"{start.name}-{number}.png", **change}
         for number, (donor, change) in enumerate(zip(donors, changes, strict=True), 1)
@@ -327,7 +328,7 @@ def resample(job: Job, folder: str, start: results.Start) -> dict[str, Any]:
     record = {
         "name": start.name,
         "seed": start.seed,
-        "network": {"source": job.network_source, "grid": [int(n) for n in job.G.latent_grid]},
+        "network": {"source": job.network_source, **_grid_record(job.G)},
         **job.same,
         "history": start.history,
         "candidates": candidates,
@@ -340,6 +341,12 @@ def resample(job: Job, folder: str, start: results.Start) -> dict[str, Any]:
     _write_pictures(job, folder, start, record, to_uint8(pictures).permute(0, 2, 3, 1).numpy())
     results.write_record(os.path.join(folder, f"{start.name}.json"), record)  # last: it names the others
     return record
+
+
+def _grid_record(G: torch.nn.Module) -> dict[str, Any]:
+    """What the JSON says about the grid, or about several, whose blocks are numbered in one row."""
+    grids = grids_of(G)
+    return {"grid": grids[0]} if len(grids) == 1 else {"grids": grids}
 
 
 def _rank(job: Job, candidates: list[dict[str, Any]], pictures: torch.Tensor) -> None:
@@ -371,7 +378,7 @@ def _latents(job: Job, start: results.Start, donors: list[int]) -> np.ndarray:
     """z of the original and of every candidate -> float32 [1 + K, z_dim]."""
     z = torch.from_numpy(start.z)
     fresh = [generating.seed_latent(donor, job.G.z_dim) for donor in donors]
-    blocks, grid = job.settings["blocks"], job.G.latent_grid
+    blocks, grid = job.settings["blocks"], grids_of(job.G)
     return torch.cat([z, *(block_tools.replace_blocks(z, each, blocks, grid) for each in fresh)]).numpy()
 
 
@@ -395,7 +402,7 @@ def _write_pictures(
         write_png(os.path.join(folder, files["grid"]), sheet)
     if job.numbering:
         files["numbering"] = f"{start.name}-numbering.png"
-        numbered = figures.numbering_picture(pictures[0], job.G.latent_grid, job.settings["blocks"])
+        numbered = figures.numbering_picture(pictures[0], grids_of(job.G), job.settings["blocks"])
         write_png(os.path.join(folder, files["numbering"]), numbered)
 
 

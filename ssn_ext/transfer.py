@@ -5,6 +5,7 @@ import copy
 import inspect
 
 from ssn_ext.blocks import default_grid
+from ssn_ext.grids import as_grids, block_counts, default_splits
 from training.shapes import shape_of
 from training.transfer import copy_networks
 
@@ -67,14 +68,17 @@ def spread(w_avg, grid, new_grid):
     return channels.repeat_interleave(new_grid[0] * new_grid[1])
 
 
-def spatial_kwargs(G_kwargs, latent_grid):
+def spatial_kwargs(G_kwargs, grid, grid_splits=()):
     """Constructor arguments of a spatial generator from those of a StyleGAN2: totals over the blocks of the
-    grid."""
-    blocks = latent_grid[0] * latent_grid[1]
+    grid, or of several grids that divide the layers at `grid_splits`."""
+    blocks = sum(block_counts(grid))
     kwargs = copy.deepcopy(G_kwargs)
-    kwargs.update(
-        z_dim=G_kwargs["z_dim"] * blocks, w_dim=G_kwargs["w_dim"] * blocks, latent_grid=list(latent_grid)
-    )
+    kwargs.update(z_dim=G_kwargs["z_dim"] * blocks, w_dim=G_kwargs["w_dim"] * blocks)
+    grids = as_grids(grid)
+    if len(grids) == 1:
+        kwargs.update(latent_grid=grids[0])
+    else:
+        kwargs.update(latent_grids=grids, grid_splits=list(grid_splits))
     return kwargs
 
 
@@ -94,16 +98,20 @@ def constructor_kwargs(network):
     return kwargs
 
 
-def from_stylegan2(G, latent_grid=None, **synthesis_kwargs):
+def from_stylegan2(G, latent_grid=None, grid_splits=None, **synthesis_kwargs):
     """A spatial generator that gives G's picture for one vector in all blocks: the exact start, without
     training.
 
-    latent_grid: None for blocks.default_grid, 4x4 for square pictures. synthesis_kwargs are added to those of G
+    latent_grid: None for blocks.default_grid, 4x4 for square pictures; it may be a list of grids, which divide the
+    layers at `grid_splits` (None: grids.default_splits). synthesis_kwargs are added to those of G
     (demodulation, encoder_init, encoder_kwargs...).
     """
     from ssn_ext.networks import SpatialGenerator
 
-    kwargs = spatial_kwargs(constructor_kwargs(G), latent_grid or default_grid(*shape_of(G)))
+    grid = as_grids(latent_grid or default_grid(*shape_of(G)))
+    if grid_splits is None:
+        grid_splits = default_splits(grid, shape_of(G), G.synthesis.block_resolutions[-1])
+    kwargs = spatial_kwargs(constructor_kwargs(G), grid, grid_splits)
     kwargs["synthesis_kwargs"] = {**kwargs.get("synthesis_kwargs", {}), **synthesis_kwargs}
     result = SpatialGenerator(**kwargs).eval().requires_grad_(False)
     spatial_from(G, result)

@@ -355,11 +355,18 @@ def test_what_fails_in_another_process_is_one_line(run_dir, monkeypatch):
         trace = "\n\n-- Process 1 terminated with the following error:\nTraceback ...\nOSError: Image 'x' is broken"
         raise torch.multiprocessing.ProcessRaisedException(trace, 1, 4242)
 
-    monkeypatch.setattr("torch_utils.distributed.launch", fails)
+    def dies(*_args, **_kwargs):
+        raise torch.multiprocessing.ProcessExitedException(
+            "process 1 terminated with signal SIGKILL", 1, 4242, -9
+        )
+
     rest = ("--gpus=2", "--device=cpu", "--metrics=none")
-    assert error("--network", run_dir / "network-snapshot-000004.pkl", *rest).splitlines()[-1] == (
-        "Error: OSError: Image 'x' is broken"
-    )
+    for launch, message in [
+        (fails, "Error: OSError: Image 'x' is broken"),
+        (dies, "Error: process 1 terminated with signal SIGKILL; the others have been stopped"),
+    ]:
+        monkeypatch.setattr("torch_utils.distributed.launch", launch)
+        assert error("--network", run_dir / "network-snapshot-000004.pkl", *rest).splitlines()[-1] == message
 
 
 def test_a_broken_plug_in(monkeypatch, tmp_path):

@@ -37,6 +37,13 @@ MAKERS = {
             dict(z_dim=32, w_dim=64, latent_grid=[2, 2], synthesis_kwargs=dict(WIDTHS, **ENCODER)), **kwargs
         ),
     ),
+    "SSN of two grids": lambda **kwargs: SpatialGenerator(
+        **dict(
+            dict(z_dim=20 * 4, w_dim=20 * 8, latent_grids=[[2, 2], [4, 4]], grid_splits=[8]),
+            synthesis_kwargs=dict(WIDTHS, **ENCODER),
+            **kwargs,
+        ),
+    ),
 }
 pytestmark = pytest.mark.parametrize("kind", MAKERS)
 

@@ -234,6 +234,13 @@ OBJECTS = {
         [2, 32],
         dict(c=None, noise_mode="const"),
     ),
+    "SSN of two grids": (
+        "ssn_ext.networks",
+        "SpatialGenerator",
+        dict(GENERATOR, z_dim=80, w_dim=80, latent_grids=[[2, 2], [4, 4]], grid_splits=[8]),
+        [2, 80],
+        dict(c=None, noise_mode="const"),
+    ),
 }
 
 GLOBALS = {

@@ -5,6 +5,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import PIL.Image
@@ -446,3 +447,39 @@ def test_help_does_not_wait_for_pytorch():
         [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
     )
     assert result.stdout.strip() == "False"
+
+
+# --- speed --------------------------------------------------------------------------------------------------
+
+
+def test_sixteen_candidates_of_the_demo_in_less_than_a_second(tmp_path):
+    """After loading, in processor time of one thread: pictures, sheet, JSON and latents."""
+    from ssn_ext import results, session
+
+    options = session.Options(blocks="5,6", candidates=16, outdir=str(tmp_path), device="cpu")
+    job = session.make_job(options, resample.DEMO_NETWORK)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        folder = results.run_folder(job.outdir, job.name, job.same)
+        began = time.process_time()
+        record = session.resample(job, folder, job.starts[0])
+        assert time.process_time() - began < 1
+    finally:
+        torch.set_num_threads(threads)
+    assert len(record["candidates"]) == 16 and len(list(pathlib.Path(folder).glob("*.png"))) == 18
+
+
+def test_loading_does_not_import_what_it_does_not_need():
+    """Half of the time until the first picture went into PyTorch's compiler, SymPy and SciPy."""
+    code = (
+        "import sys, torch; before = set(sys.modules)\n"
+        "from ssn_ext import session\n"
+        "session.load_network_pkl(sys.argv[1], only=['G_ema'])\n"
+        "more = {name.split('.')[0] for name in set(sys.modules) - before} | (set(sys.modules) - before)\n"
+        "print(sorted(more & {'torch._dynamo', 'sympy', 'scipy', 'imageio', 'matplotlib'}))\n"
+    )
+    command = [sys.executable, "-c", code, resample.DEMO_NETWORK]
+    root = pathlib.Path(resample.__file__).resolve().parent
+    output = subprocess.run(command, cwd=root, text=True, capture_output=True, check=True).stdout
+    assert output.strip() == "[]"

@@ -435,8 +435,8 @@ HELP_GROUPS = {
     "Transfer": "--resume --allow-partial --freezed --trust-pickle",
     "Performance": "--batch-gpu --precision --fp32 --nhwc --ops --nobench --allow-tf32 --workers",
     "Logging": "--log --best --keep-last",
-    "Options of ssn_ext": "--lambda-d --distortion --dist-blocks --pl-block-beta --latent-grid --encoder-init"
-    " --demodulation",
+    "Options of ssn_ext": "--lambda-d --distortion --dist-blocks --pl-block-beta --latent-grid --latent-grids "
+    "--grid-split --encoder-init --demodulation",
 }
 
 
@@ -655,16 +655,22 @@ def test_a_terminated_run_saves_and_goes_on(tmp_path):
     assert ticks == list(range(len(ticks)))
 
 
-@pytest.mark.parametrize("code,raised", [(1, SystemExit), (7, ProcessExitedException)])
-def test_a_process_that_said_why_it_ended_is_enough(monkeypatch, tmp_path, code, raised):
-    """One line of it, no traceback of the process that waited; any other end is a surprise."""
+@pytest.mark.parametrize("code,saved", [(1, False), (7, False), (7, True)])
+def test_a_process_that_ends_is_one_line(monkeypatch, tmp_path, capsys, code, saved):
+    """No traceback of the process that waited; nothing at all where the other one has said why."""
 
     def end(*args, **kwargs):
+        if saved:
+            (tmp_path / "run" / "checkpoint.pt").touch()
         raise ProcessExitedException("process 1 terminated", error_index=1, error_pid=1, exit_code=code)
 
     monkeypatch.setattr(distributed, "launch", end)
-    with pytest.raises(raised):
+    with pytest.raises(SystemExit) as caught:
         train.launch(dnnlib.EasyDict(run_dir=str(tmp_path / "run"), num_gpus=2, device="cpu"), {})
+    assert caught.value.code == 1
+    how = f" Go on from the last checkpoint with --resume={tmp_path / 'run'}" if saved else ""
+    said = f"Error: process 1 terminated; the others have been stopped.{how}\n" if code != 1 else ""
+    assert capsys.readouterr().out.endswith("Launching processes...\n" + said)
 
 
 # --- the house's promises -----------------------------------------------------------------------------------

@@ -3,8 +3,11 @@
 summaries."""
 
 import contextlib
+import ctypes
 import itertools
+import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -85,6 +88,30 @@ def profiled_function(fn: Callable) -> Callable:
     timed.__name__ = fn.__name__
     timed.__doc__ = fn.__doc__
     return timed
+
+
+# ----------------------------------------------------------------------------------------
+# Memory
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+
+
+def keep_memory() -> bool:
+    """Makes the C library keep freed memory for the next use, on Linux with glibc; elsewhere it does nothing.
+
+    By default a large tensor's memory is asked of the kernel anew each time, and cleared page by page: a tenth of
+    a training's time on a CPU. MALLOC_* environment variables, where there are any, are left in charge.
+    Returns whether it was done.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ) or not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    largest = 2**30  # bytes; the argument is an int
+    asked = mallopt(_M_MMAP_THRESHOLD, largest) or mallopt(_M_MMAP_THRESHOLD, 2**25)  # older ones take 32 MiB
+    return bool(asked and mallopt(_M_TRIM_THRESHOLD, largest))
 
 
 # ----------------------------------------------------------------------------------------

@@ -175,12 +175,12 @@ def make_config(opts):
     options that are taken from it, the --resume file; writes nothing. Returns (EasyDict of training_loop's
     options, desc). Raises ConfigError with one line for the user.
     """
-    from torch_utils.distributed import choose_device
+    from torch_utils.distributed import choose_processes
 
     opts = Options({**OPTION_DEFAULTS, **{k: v for k, v in opts.items() if v is not None}})
     c = dnnlib.EasyDict()
     try:
-        c.num_gpus, c.device = choose_device(opts.gpus, opts.device)
+        c.num_gpus, c.device = choose_processes(opts.gpus, opts.device)
     except ValueError as err:
         raise ConfigError(str(err)) from err
     c.image_snapshot_ticks = c.network_snapshot_ticks = 50

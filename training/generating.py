@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-import scipy.interpolate
 import torch
 
 from torch_utils.images import make_grid, to_uint8
@@ -107,6 +106,8 @@ def interpolate(keys: torch.Tensor, frames: int) -> Iterator[torch.Tensor]:
     """
     points = keys.detach().cpu().numpy().astype(np.float64)
     closed = np.concatenate([points, points[:1]])
+    import scipy.interpolate  # slow to import, and few need it
+
     spline = scipy.interpolate.CubicSpline(np.arange(len(closed)), closed, bc_type="periodic")
     for i in range(len(points) * frames):
         yield torch.from_numpy(spline(i / frames).astype(np.float32)).to(keys.device)

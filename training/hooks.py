@@ -287,6 +287,7 @@ class Metrics(Hook):
         from metrics import metric_main
 
         run.say("Evaluating metrics...")
+        shared = {} if len(self.names) > 1 else None  # features that one metric computes and others use
         for name in self.names:
             try:
                 result = metric_main.calc_metric(
@@ -297,6 +298,7 @@ class Metrics(Hook):
                     rank=run.rank,
                     device=run.device,
                     run_dir=run.c.run_dir,
+                    shared=shared,
                     **run.c.metric_kwargs,
                 )
             except Exception as err:  # a metric that fails must not end a training

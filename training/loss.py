@@ -150,9 +150,14 @@ class StyleGAN2Loss(Loss):
                 [(img * noise).sum()], [ws], create_graph=True
             )  # [N', num_ws, w_dim]
         lengths = jacobian.square().sum(dim=2).mean(dim=1).sqrt()
-        mean = self.pl_mean.lerp(lengths.mean(), self.pl_decay)
-        self.pl_mean = distributed.average(mean)  # one for all processes, so that a checkpoint holds all
-        penalty = training_stats.report("Loss/pl_penalty", (lengths - mean).square())
+        ours = lengths.mean()
+        everyones = distributed.average(ours)
+        # one for all processes; it moves with the lengths, so a part of the gradient goes through it
+        mean = self.pl_mean = self.pl_mean.lerp(everyones, self.pl_decay)
+        through_mean = (
+            (everyones - mean) * (2 * self.pl_decay) * (ours - ours.detach())
+        )  # 0 but for its gradient
+        penalty = training_stats.report("Loss/pl_penalty", (lengths - mean).square() - through_mean)
         return training_stats.report("Loss/G/reg", penalty * self.pl_weight)
 
     def generated(self, batch):

@@ -22,6 +22,11 @@ import torch
 from torch_utils import misc, persistence
 from torch_utils.ops import bias_act, conv2d_resample, fma, upfirdn2d
 
+try:
+    from torch_utils.ops import own_kernels
+except ImportError:
+    own_kernels = None
+
 ARCHITECTURES = ("orig", "skip", "resnet")
 HALF_DEVICES = {"float16": ["cuda"], "bfloat16": ["cuda", "cpu"]}  # on others float32 stays
 SMALLEST, LARGEST = 4, 32  # sides of h0 x w0
@@ -350,13 +355,25 @@ class SynthesisLayer(torch.nn.Module):
         assert noise_mode in ("random", "const", "none"), noise_mode
         misc.assert_shape(x, [None, self.weight.shape[1]] + [side // self.up for side in self.shape])
         noise = self._noise(x, noise_mode)
+        styles = self.affine(w)
+        if own_kernels is not None and own_kernels.pays(x, self.weight, self.up, self.activation):
+            return self._in_few_passes(x, styles, noise, gain)
         x = modulated_conv2d(
-            x, self.weight, self.affine(w), noise=noise, up=self.up, padding=self.padding,
+            x, self.weight, styles, noise=noise, up=self.up, padding=self.padding,
             resample_filter=self.resample_filter, flip_weight=self.up == 1, fused_modconv=fused_modconv,
         )  # fmt: skip
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
         bias = self.bias.to(x.dtype)
         return bias_act.bias_act(x, bias, act=self.activation, gain=self.act_gain * gain, clamp=clamp)
+
+    def _in_few_passes(self, x, styles, noise, gain):
+        """The whole layer by the fast op, to the same numbers but for rounding."""
+        return own_kernels.layer(
+            x, self.weight, styles, _demodulation(self.weight, styles), noise, self.bias, up=self.up,
+            padding=self.padding, resample_filter=self.resample_filter, flip_weight=self.up == 1,
+            act=self.activation, gain=self.act_gain * gain,
+            clamp=None if self.conv_clamp is None else self.conv_clamp * gain,
+        )  # fmt: skip
 
 
 @persistence.persistent_class

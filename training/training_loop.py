@@ -21,6 +21,9 @@ from training import checkpoint, controllers, phases, snapshot
 from training.transfer import coverage_table
 
 CHECKPOINT_SECONDS = 600  # a checkpoint at least this often, whatever --snap says
+AGREE_SECONDS = (
+    0.5  # several processes ask each other about this often whether to stop: it makes them wait for GPUs
+)
 
 STANDARD_HOOKS = [
     "training.hooks.ProgressBar",
@@ -154,6 +157,11 @@ def _ignore_signals(_worker_id):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _usable_cores():
+    """How many cores this process may use: fewer than the machine has where a scheduler or container says so."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def draw_seed(random_seed, rank, nimg):
     """A 63-bit seed from the run's seed, the rank and the images seen."""
     return int(np.random.SeedSequence([random_seed, rank, nimg]).generate_state(1, np.uint64)[0] >> 1)
@@ -168,7 +176,8 @@ class Run:
         self.rank = rank
         self.abort_fn = abort_fn
         self.progress_fn = progress_fn
-        self.device = _pick_device(c.device, rank)
+        kind = c.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = distributed.local_device(kind, rank)
         self.is_main = rank == 0
         self.stop = None
         self.done = False
@@ -241,7 +250,8 @@ class Run:
         self.say("")
         self.seconds_before = self.counters.seconds
         self.tick_began, self.tick_began_nimg = time.time(), self.counters.nimg
-        self.saved = time.monotonic()
+        self.saved = self.agreed = time.monotonic()
+        self.agree_every = self.until_agreed = 1
         self.maintenance_seconds = self.tick_began - self.began
 
     def _load_data(self):
@@ -273,7 +283,7 @@ class Run:
         )
         options = dict(c.data_loader_kwargs)
         # more workers than cores only get in each other's way, and PyTorch warns of them
-        options["num_workers"] = min(options.get("num_workers", 0), os.cpu_count() or 1)
+        options["num_workers"] = min(options.get("num_workers", 0), _usable_cores())
         if options["num_workers"] == 0:
             options.pop("prefetch_factor", None)
         else:
@@ -385,7 +395,8 @@ class Run:
 
     def _next_batch(self):
         img, label = next(self.batches)
-        return to_float(img.to(self.device)), label.to(self.device)
+        img, label = (each.to(self.device, non_blocking=True) for each in [img, label])
+        return to_float(img), label
 
     def _draw_latents(self, count):
         """`count` batches of z and of random labels of the training set."""
@@ -395,7 +406,7 @@ class Run:
             return z, torch.zeros([count, size, 0], device=self.device)
         picks = torch.randint(len(self.training_set), [count * size]).tolist()
         labels = torch.from_numpy(np.stack([self.training_set.get_label(i) for i in picks]))
-        return z, labels.reshape(count, size, -1).to(self.device)
+        return z, labels.reshape(count, size, -1).to(self.device, non_blocking=True)
 
     # --- one tick -------------------------------------------------------------------------------------------
 
@@ -427,12 +438,26 @@ class Run:
         self.maintenance_seconds = self.tick_began - now
 
     def must_stop(self):
-        """Whether any process was asked to stop; all processes agree. Saves a checkpoint where it is time."""
-        late = self.is_main and time.monotonic() - self.saved > CHECKPOINT_SECONDS
-        stop, late = distributed.any_ranks([self.stop.requested, late], device=self.device)
+        """Whether any process was asked to stop; all processes agree. Saves a checkpoint where it is time.
+
+        Several processes ask each other every so many iterations, the same number in all of them.
+        """
+        self.until_agreed -= 1
+        if self.until_agreed > 0:
+            return False
+        now = time.monotonic()
+        seconds, self.agreed = now - self.agreed, now
+        late = self.is_main and now - self.saved > CHECKPOINT_SECONDS
+        flags = [self.stop.requested, late, seconds]
+        stop, late, seconds = distributed.maximum(flags, device=self.device)
+        if distributed.get_world_size() > 1:
+            per_iteration = max(seconds / self.agree_every, 1e-6)
+            # no more than twice as many as before: the first iterations tell little
+            self.agree_every = max(min(int(AGREE_SECONDS / per_iteration), 2 * self.agree_every), 1)
+        self.until_agreed = self.agree_every
         if late and not stop:
             self.checkpoint_now()
-        return stop
+        return bool(stop)
 
     def checkpoint_now(self):
         """Saves run_dir/checkpoint.pt, at any iteration. All processes call it: statistics are summed first."""
@@ -449,9 +474,3 @@ def _select_ops(mode):
         custom_ops.select(mode)
     except RuntimeError as err:
         raise OSError(f"--ops={mode}: {err}") from err
-
-
-def _pick_device(name, rank):
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name, rank) if name == "cuda" else torch.device(name)

@@ -228,7 +228,7 @@ def is_spatial(run, s):
     path = run.run_dir()
     if path is None:
         return parse_options(run.options)["cfg"] != s.cfg
-    return "latent_grid" in read_options(path)["G_kwargs"]
+    return not {"latent_grid", "latent_grids"}.isdisjoint(read_options(path)["G_kwargs"])
 
 
 def needed_detector(metric, choice):

@@ -208,6 +208,27 @@ def test_a_check_knows_a_generator_that_breaks_its_ties_from_one_that_keeps_them
         assert hair["here"] == pytest.approx(hair["outside_by_block"][0] / 2, rel=1e-4)
 
 
+def test_of_several_grids_those_of_one_block_are_left_out(files, trained, monkeypatch):
+    """1x1,2x2: the second grid's blocks count, as if it were the only one."""
+    reader, _details = attributes.load_reader(trained[0])
+    shown = consistency.visibility(reader, attributes.load_table(*files), GRID)
+    plain = Painter({0: 0, 3: 0})
+    expected = consistency.check(plain, reader, shown, count=20)
+    several = Painter({0: 0, 3: 0})
+    several.z_dim, several.latent_grid, several.latent_grids = 5, [1, 5], [[1, 1], [2, 2]]
+    assert consistency.grids_read(several) == [[2, 2]]
+    monkeypatch.setattr(several, "synthesis", lambda ws, noise_mode="const": plain.synthesis(ws[..., 1:]))
+    original = consistency.draw_latents
+
+    def with_another(G, seed, numbers):  # the same latents, and one more block before them
+        z, fresh, c = original(plain, seed, numbers)
+        return *(torch.nn.functional.pad(each, [1, 0]) for each in (z, fresh)), c
+
+    monkeypatch.setattr(consistency, "draw_latents", with_another)
+    got = consistency.check(several, reader, shown, count=20)
+    assert got["hair"]["outside_by_block"] == pytest.approx(expected["hair"]["outside_by_block"], abs=1e-5)
+
+
 def test_overall_with_nothing_to_tell():
     assert all(np.isnan(value) for value in consistency.overall({}).values())
 
@@ -273,6 +294,9 @@ def test_networks_of_other_proportions_are_refused(trained, monkeypatch):
     monkeypatch.setattr("training.generating.load_generator", lambda *_args: G)
     line = fails("check", "--network=wide.pkl", f"--classifiers={trained[0]}", "--device=cpu")
     assert "reads pictures of 16x16, the network makes 16x8: the proportions differ" in line
+    G.img_shape, G.latent_grid = [16, 16], [1, 1]
+    line = fails("check", "--network=one.pkl", f"--classifiers={trained[0]}", "--device=cpu")
+    assert "has a single block: there is no rest to stay the same" in line
 
 
 # What is shipped.

@@ -267,3 +267,12 @@ def test_discriminator_features_do_not_depend_on_the_batch(faces):
     D = tiny_discriminator()
     together = distortion.discriminator_features(D, faces[0].float())
     close(distortion.discriminator_features(D, faces[0][1:2].float()), together[1:2])
+
+
+def test_emd_of_several_grids_is_the_mean_over_those_of_more_than_one_block(pictures):
+    before, after = pictures
+    mask = ~block_masks(GRID, SHAPE)[1]
+    together = distortion.choose([[1, 1], [2, 3], [4, 5]])["emd"](before, after, mask)
+    each = [distortion.masked_emd(before, after, mask, grid) for grid in ([2, 3], [4, 5])]
+    torch.testing.assert_close(together, (each[0] + each[1]) / 2)
+    assert (each[1] > each[0]).all()  # smaller blocks leave less room to move

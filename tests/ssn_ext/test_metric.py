@@ -168,7 +168,9 @@ def test_metrics_of_one_call_share_the_influence(data, monkeypatch):
     apart = run("ldbr_floor", G, dataset_kwargs=data).results
     calls = []
     original = metric.resampling.influence
-    monkeypatch.setattr(metric.resampling, "influence", lambda *args: (calls.append(1), original(*args))[1])
+    monkeypatch.setattr(
+        metric.resampling, "influence", lambda *a, **k: (calls.append(1), original(*a, **k))[1]
+    )
     shared = {}
     first = run("ldbr_dist", G, shared=shared).results
     count = len(calls)

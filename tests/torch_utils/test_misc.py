@@ -2,13 +2,19 @@
 """torch_utils.misc: constants, shape checks, the sampler's sequence, copying, the summary table."""
 
 import itertools
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from torch_utils import misc
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class TestConstant:
@@ -251,3 +257,30 @@ Total        20          5        -             -
     def test_arguments(self):
         with pytest.raises(AssertionError):
             misc.print_module_summary(Net(), torch.ones(2, 3))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's malloc is on Linux only")
+def test_kept_memory_comes_back_without_page_faults():
+    code = (
+        "import resource, sys, torch\n"
+        "from torch_utils import misc\n"
+        "if sys.argv[1] == 'keep': assert misc.keep_memory()\n"
+        "def work(): return len([torch.ones(2**22 * (1 + i % 3)) for i in range(12)])\n"
+        "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(4): work()\n"
+        "before = faults()\n"
+        "work()\n"
+        "print(faults() - before)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, [ROOT, os.environ.get("PYTHONPATH", "")]))
+    run = [
+        int(subprocess.check_output([sys.executable, "-c", code, how], env=environment))
+        for how in ("keep", "")
+    ]
+    assert run[0] < 100 < run[1]
+
+
+def test_memory_is_left_to_whoever_set_the_environment(monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert misc.keep_memory() is False

@@ -247,6 +247,41 @@ def test_metrics_of_snapshots_and_one_that_fails(pictures, tmp_path, monkeypatch
     assert [json.loads(line)["snapshot_pkl"] for line in lines] == ["network-snapshot-000000.pkl"] * 2
 
 
+def test_metrics_of_one_snapshot_share_features(pictures, tmp_path, monkeypatch):
+    """What one metric puts aside the next one finds; the next snapshot begins anew."""
+    from metrics import metric_main
+
+    def first(opts):
+        opts.shared["pass"] = opts.shared.get("pass", 0) + 1
+        return dict(first=opts.shared["pass"])
+
+    def second(opts):
+        return dict(second=10 * opts.shared["pass"])
+
+    for fn in [first, second]:
+        monkeypatch.setitem(metric_main.METRICS._targets, fn.__name__, fn)
+    training_loop.training_loop(**options(pictures, tmp_path / "run", metrics=["first", "second"]))
+    for name, value in [("first", 1), ("second", 10)]:
+        lines = (tmp_path / "run" / f"metric-{name}.jsonl").read_text().splitlines()
+        assert [json.loads(line)["results"][name] for line in lines] == [value] * 2
+
+
+def test_no_more_workers_than_usable_cores(pictures, tmp_path, monkeypatch):
+    """A scheduler that gives two cores of many gets two workers; PyTorch would warn of more."""
+    monkeypatch.setattr(training_loop.os, "sched_getaffinity", lambda _pid: {3, 5}, raising=False)
+    monkeypatch.setattr(training_loop.os, "cpu_count", lambda: 64)
+    asked = []
+    monkeypatch.setattr(
+        training_loop.torch.utils.data, "DataLoader", lambda **kwargs: asked.append(kwargs) or []
+    )
+    c = options(pictures, tmp_path / "run", data_loader_kwargs=dict(num_workers=3, prefetch_factor=2))
+    run = training_loop.Run(training_loop.complete_config(c), rank=0)
+    run._load_data()
+    run.counters = checkpoint.Counters(nimg=0)
+    run._iterate_data()
+    assert asked[0]["num_workers"] == 2
+
+
 def test_training_goes_on_without_detectors(pictures, tmp_path, capsys):
     """A detector that is not there: one warning at the start."""
     c = options(

@@ -56,10 +56,10 @@ def _total_padding(f, up, down, padding):
     return pads
 
 
-def _conv(x, w, groups, flip_weight, stride=1, padding=0):
+def _conv(x, w, groups, flip_weight, stride=1, padding=0, bias=None):
     if not flip_weight and _ints(*w.shape[2:]) != (1, 1):
         w = w.flip([2, 3])
-    return conv2d_gradfix.conv2d(x, w, stride=stride, padding=padding, groups=groups)
+    return conv2d_gradfix.conv2d(x, w, bias, stride=stride, padding=padding, groups=groups)
 
 
 def _conv_upsampled(x, w, up, pads, groups, flip_weight):

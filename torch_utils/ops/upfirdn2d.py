@@ -201,8 +201,8 @@ def _faster_folded(x):
     return x.device.type == "cpu" and x.shape[0] > 1 and x.shape[1] < 16 and x.is_contiguous()
 
 
-def _filter_pass(x, f, up, down, pad_x, pad_y, flip_filter):
-    """One filter [height,width] over every channel.
+def _filter_pass(x, f, up, down, pad_x, pad_y, flip_filter, bias=None):
+    """One filter [height,width] over every channel, plus the channel's bias (not for up-sampling).
 
     A depthwise convolution, transposed for up-sampling: the inserted zeros are never stored. On a CPU it runs
     at a copy's speed in channels-last; slices-and-adds, matrix products or two 1-D passes take 1.5 to 6 times
@@ -214,7 +214,7 @@ def _filter_pass(x, f, up, down, pad_x, pad_y, flip_filter):
         inner = _common(pad_x), _common(pad_y)
         x = _pad(x, *((a - n, b - n) for n, (a, b) in zip(inner, (pad_x, pad_y), strict=True)))
         weight = f.expand(channels, 1, height, width)
-        return F.conv2d(x, weight, stride=down[::-1], padding=inner[::-1], groups=channels)
+        return F.conv2d(x, weight, bias, stride=down[::-1], padding=inner[::-1], groups=channels)
     f = f.flip([0, 1]) if flip_filter else f  # conv_transpose2d convolves
     # It yields all positions where filter and image meet: taps-1 more than the image before, taps-up after.
     crop_x = width - 1 - pad_x[0], width - up[0] - pad_x[1]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from torch.nn.modules import module as hooks
+from torch.overrides import TorchFunctionMode
 
 import dnnlib
 
@@ -53,10 +54,31 @@ def layout(cls: type, kwargs: Mapping, num_tensors: int) -> torch.nn.Module:
         ]:
             stack.callback(register(counted).remove)
         stack.enter_context(torch.device("meta"))
+        stack.enter_context(_WithoutValues())
         try:
             return cls(**kwargs)
         except Exception as err:  # a constructor may raise anything on arguments that make no sense
             raise ValueError(f"{cls.__name__} cannot be built from its arguments: {one_line(err)}") from err
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Spares the meta device what only matters for values: its randn and its products with numbers are Python code for
+    which PyTorch imports its compiler, a second at the start of every command."""
+
+    PRODUCTS = (torch.Tensor.mul, torch.Tensor.div)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.randn:
+            func = torch.empty
+        elif func in self.PRODUCTS and not kwargs and args[0].is_meta and isinstance(args[1], int | float):
+            return _like(args[0], "meta")
+        return func(*args, **(kwargs or {}))
+
+
+def _like(tensor, device):
+    """A tensor of the same shape and memory format without values: torch.empty_like, but for that it is Python code,
+    too, for meta tensors."""
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
 
 
 def named_tensors(network: torch.nn.Module) -> dict:
@@ -70,7 +92,7 @@ def fill(network: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> torch
     own = named_tensors(network)
     _check_tensors(type(network).__name__, own, tensors)
     for name, place in own.items():
-        value = torch.empty_like(place, device="cpu", requires_grad=False)  # of the same memory format
+        value = _like(place, "cpu")
         value.copy_(tensors[name].detach())
         if isinstance(place, torch.nn.Parameter):
             value = torch.nn.Parameter(value, requires_grad=place.requires_grad)

@@ -30,6 +30,17 @@ CASES = {
         SpatialGenerator,
         dict(G_KWARGS, z_dim=8 * 6, w_dim=12 * 6, latent_grid=[2, 3], synthesis_kwargs=dict(WIDTHS)),
     ),
+    "two-grids": (
+        SpatialGenerator,
+        dict(
+            G_KWARGS,
+            z_dim=8 * 8,
+            w_dim=12 * 8,
+            latent_grids=[[1, 2], [2, 3]],
+            grid_splits=[16],
+            synthesis_kwargs=dict(WIDTHS),
+        ),
+    ),
 }
 
 

@@ -64,6 +64,9 @@ def build(name, seed=0):
         "conditional": lambda: Generator(c_dim=3, **plain),
         "by-position": lambda: Generator(8, 0, 8, 16, 3, dict(num_layers=2), WIDTHS),
         "spatial": lambda: SpatialGenerator(c_dim=0, **dict(plain, z_dim=32, w_dim=32), latent_grid=[2, 2]),
+        "two-grids": lambda: SpatialGenerator(
+            c_dim=0, **dict(plain, z_dim=40, w_dim=40), latent_grids=[[1, 1], [2, 2]], grid_splits=[8]
+        ),
         "D": lambda: Discriminator(c_dim=0, **SIZE, **WIDTHS),
         "D-conditional": lambda: Discriminator(c_dim=3, **SIZE, **WIDTHS, architecture="skip"),
         "D-frozen": lambda: Discriminator(c_dim=0, **SIZE, **WIDTHS, block_kwargs=dict(freeze_layers=3)),
@@ -71,7 +74,17 @@ def build(name, seed=0):
     }[name]().eval().requires_grad_(False)  # fmt: skip
 
 
-NAMES = ["plain", "conditional", "by-position", "spatial", "D", "D-conditional", "D-frozen", "augment"]
+NAMES = [
+    "plain",
+    "conditional",
+    "by-position",
+    "spatial",
+    "two-grids",
+    "D",
+    "D-conditional",
+    "D-frozen",
+    "augment",
+]
 
 
 def write(path, **values):

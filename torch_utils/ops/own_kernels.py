@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole layer on a CPU, without gradients: modulated convolution, noise, bias, activation, gain and clamp.
+
+Convolutions reach the rate of a matrix product on a CPU; passes over large tensors do not. So every sample is
+convolved with a kernel of its own that carries style, demodulation and gain, one after the other, the bias rides
+along in the convolution or in the filter after it, and two passes over the result are left, of six.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from . import spatial_modulation
+from .conv2d_resample import _conv, _conv_upsampled, _total_padding
+from .upfirdn2d import _by_axis, _filter_pass
+
+_DTYPES = (torch.float32, torch.bfloat16)
+_SLOPES = {"linear": 1.0, "lrelu": 0.2, "relu": 0.0}
+
+
+def pays(x, weight, up, act):
+    """Whether `layer` may be called and saves time: float32 or
+    bfloat16 on a CPU, no gradients, no graph being recorded, and pictures so large that passes
+    over them cost more than passes over a kernel per sample."""
+    if x.device.type != "cpu" or x.dtype not in _DTYPES or act not in _SLOPES or up not in (1, 2):
+        return False
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    out_channels, in_channels, size = weight.shape[0], weight.shape[1], weight.shape[2] * weight.shape[3]
+    pixels = x.shape[2] * x.shape[3]
+    return 5 * size * out_channels * in_channels < pixels * (2 * in_channels + 4 * up**2 * out_channels)
+
+
+def layer(
+    x, weight, styles, scale, noise, bias, up, padding, resample_filter, flip_weight, act, gain, clamp=None
+):
+    """clamp(act(conv(x * styles, weight) * scale + noise + bias) * gain).
+
+    x [N,I,H,W], weight [O,I,k,k], styles [N,I] or None (ones), scale [N,O] or None (ones), noise: None or
+    broadcastable to the result, bias [O]; up, padding, resample_filter and flip_weight as in conv2d_resample; act:
+    'linear', 'relu' or 'lrelu', gain > 0. Kernels are made in weight's dtype. Returns [N,O,H*up,W*up] of x's dtype,
+    channels-last.
+    """
+    num, slope = x.shape[0], _SLOPES[act]
+    x = x.contiguous(memory_format=torch.channels_last)
+    bias = (bias * gain).to(x.dtype)
+    if noise is not None:
+        noise = (noise * gain).to(x.dtype).expand(num, 1, *noise.shape[-2:])
+    out = None
+    for n in range(num):
+        factor = gain if scale is None else (scale[n] * gain)[:, None, None, None]
+        kernel = weight * factor if styles is None else weight * styles[n, :, None, None] * factor
+        y = _convolve(x[n : n + 1], kernel.to(x.dtype), bias, up, padding, resample_filter, flip_weight)
+        y = y if noise is None else y.add_(noise[n : n + 1])
+        if num == 1:
+            out = y if slope == 1 else F.leaky_relu_(y, slope)
+        else:
+            if out is None:
+                out = torch.empty_like(y.expand(num, -1, -1, -1), memory_format=torch.channels_last)
+            torch.ops.aten.leaky_relu.out(y, slope, out=out[n : n + 1])
+    return out if clamp is None else out.clamp_(-clamp, clamp)
+
+
+def _convolve(x, kernel, bias, up, padding, resample_filter, flip_weight):
+    """conv2d_resample for one sample, plus bias."""
+    if up == 1:
+        return _conv(x, kernel, 1, flip_weight, padding=padding, bias=bias)
+    pads = _total_padding(resample_filter, up, 1, padding)
+    x, pads = _conv_upsampled(x, kernel, up, pads, 1, flip_weight)
+    taps = resample_filter if resample_filter.ndim == 2 else torch.outer(resample_filter, resample_filter)
+    return _filter_pass(x, (taps * up**2).to(x.dtype), (1, 1), (1, 1), *_by_axis(pads), False, bias)
+
+
+# ----------------------------------------------------------------------------------------
+# Styles that vary in space: grids that stand for the sum of their maps, see spatial_modulation
+
+
+def spatial_layer(x, weight, grids, demodulate, noise, bias, **options):
+    """`layer` with the styles' maps of `grids` (list of [N,I,h,w]), demodulated by the mean of their squares where
+    `demodulate`; options: those of `layer` from `up` on. Circular borders of the demodulation."""
+    scale = None
+    if demodulate:
+        energy = spatial_modulation.mean_square(grids, *x.shape[2:])  # [N,I]
+        scale = (energy.matmul(weight.square().sum(dim=[2, 3]).t()) + 1e-8).rsqrt()
+    x = x.contiguous(memory_format=torch.channels_last)
+    out = torch.empty_like(x)
+    for n, rows, style in _style_strips(x, grids):
+        torch.mul(_pixels(x)[n, rows], style, out=_pixels(out)[n, rows])
+    return layer(out, weight, None, scale, noise, bias, **options)
+
+
+def spatial_to_rgb(x, matrix, grids, bias):
+    """matrix [O,I] times (x * styles), plus bias [O], at every pixel: [N,O,H,W], channels-last. No copy of x."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    num, _, height, width = x.shape
+    out = x.new_empty([num, height, width, matrix.shape[0]])
+    matrix, bias = matrix.t().to(x.dtype), bias.to(x.dtype)
+    for n, rows, style in _style_strips(x, grids):
+        modulated = torch.mul(_pixels(x)[n, rows], style, out=style)
+        torch.addmm(bias, modulated.flatten(0, 1), matrix, out=out[n, rows].flatten(0, 1))
+    return out.permute(0, 3, 1, 2)
+
+
+_STRIP = 2**17  # values: a strip of x, its styles and their product stay in a core's cache
+
+
+def _pixels(x):
+    return x.permute(0, 2, 3, 1)  # [N,H,W,C], contiguous where x is channels-last
+
+
+def _style_strips(x, grids):
+    """Yields (sample, slice of rows, the map there [rows,W,C] of x's dtype): no map is ever stored as a whole.
+
+    Along y first, which is little; the grids then stand side by side in one product along x.
+    """
+    num, channels, height, width = x.shape
+    axes = [
+        [spatial_modulation._axis(grid.shape[axis], x.shape[axis], x.dtype, x.device) for grid in grids]
+        for axis in (2, 3)
+    ]
+    columns = torch.cat(axes[1], dim=1)  # [W,sum of w]
+    flat = [_pixels(grid.to(x.dtype)).reshape(num, grid.shape[2], -1) for grid in grids]  # [N,h,w*C]
+    step = max(_STRIP // (width * channels), 1)
+    buffer = x.new_empty([min(step, height), width, channels])
+    for n in range(num):
+        tall = [
+            torch.matmul(rows, grid[n]).reshape(height, -1, channels)
+            for rows, grid in zip(axes[0], flat, strict=True)
+        ]
+        tall = torch.cat(tall, dim=1) if len(tall) > 1 else tall[0]  # [H,sum of w,C]
+        for first in range(0, height, step):
+            rows = slice(first, min(first + step, height))
+            style = buffer[: rows.stop - first]
+            torch.matmul(columns, tall[rows], out=style)
+            yield n, rows, style
