@@ -25,10 +25,16 @@ OPTIONS = [
     click.Option(["--mask"], type=FILE, help="Re-draw the blocks that are white in this picture"),
     click.Option(["--mask-coverage"], type=click.FloatRange(0, 1, max_open=True), default=0.0,
                  show_default=True, help="Only blocks of which more than this share is white"),
+    click.Option(["--label"], type=NumRange(), metavar="LIST",
+                 help="--mask is a label map, grey or with a palette: re-draw where it has these values"),
     click.Option(["--numbering"], is_flag=True, help="Also write the original with its blocks numbered"),
     click.Option(["--candidates"], type=click.IntRange(1, 1000), help="How many to draw  [default: 4]"),
     click.Option(["--candidate-seed"], type=click.IntRange(0, 2**32 - 1), default=0, show_default=True,
                  help="Another number, other candidates"),
+    click.Option(["--best"], type=click.IntRange(1, 1000), help="Show only so many, the best first"),
+    click.Option(["--by"], type=click.Choice(["realism", "diversity", "locality"]),
+                 help="What is best: what the discriminator takes for real, what differs most from the original"
+                 " and from those before it, the most change inside per change outside  [default: realism]"),
     click.Option(["--swap"], type=NumRange(), help="Take the blocks from the pictures of these seeds"),
     click.Option(["--from", "source"], type=click.Path(exists=True), help="Go on from this .json or folder"),
     click.Option(["--pick"], type=click.IntRange(0), help="Which candidate of --from; 0 is the original"),
@@ -50,6 +56,7 @@ Blocks are numbered row by row from the top left; --numbering shows them.
 \b
   python resample.py --blocks=5,6                      seed 0 of the demo network
   python resample.py --blocks=row0 --seeds=0-7         the top row of eight pictures
+  python resample.py --blocks=5,6 --candidates=16 --best=4 --by=diversity
   python resample.py --from=out/00000-blocks5_6 --pick=3 --blocks=9
 """
 
@@ -62,12 +69,19 @@ def show_result(job, record):
     """What happened to one picture: a line a candidate."""
     if not record["candidates"]:
         return
-    click.echo(f"\n{record['name']}: {job.what} re-drawn")
-    click.echo("  candidate   change inside   change outside   inside / outside")
-    for each in record["candidates"]:
+    from ssn_ext.session import shown_candidates
+
+    shown, by = shown_candidates(record), job.settings.get("by")
+    among = f", the best {len(shown)} of {len(record['candidates'])} by {by}" if by else ""
+    click.echo(f"\n{record['name']}: {job.what} re-drawn{among}")
+    score = f"   {by:>9}" if by else ""
+    click.echo(f"  candidate   change inside   change outside   inside / outside{score}")
+    for each in shown:
+        if by:
+            score = f"   {_number(each['scores'][by], '.4f'):>9}"
         inside, outside = (_number(each[key], ".4f") for key in ("inside", "outside"))
         click.echo(
-            f"  {each['number']:>9}   {inside:>13}   {outside:>14}   {_number(each['ratio'], '.1f'):>16}"
+            f"  {each['number']:>9}   {inside:>13}   {outside:>14}   {_number(each['ratio'], '.1f'):>16}{score}"
         )
 
 
@@ -90,7 +104,12 @@ def show_files(job, folder, records):
         if written:
             click.echo(f"  {files:<30} {text}")
     if records[0]["candidates"]:
-        click.echo(f"Go on from candidate 1:  python resample.py --from={folder} --pick=1 --blocks=...")
+        from ssn_ext.session import shown_candidates
+
+        first = shown_candidates(records[0])[0]["number"]
+        click.echo(
+            f"Go on from candidate {first}:  python resample.py --from={folder} --pick={first} --blocks=..."
+        )
 
 
 # ----------------------------------------------------------------------------

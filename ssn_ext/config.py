@@ -43,6 +43,8 @@ def ssn(c, opts):
     c.loss_kwargs.lambda_d = 100.0 if opts.lambda_d is None else opts.lambda_d
     if opts.dist_blocks:
         c.loss_kwargs.dist_blocks = opts.dist_blocks
+    if opts.distortion:
+        c.loss_kwargs.distortion = opts.distortion
     if opts.pl_block_beta is not None:
         c.loss_kwargs.update(class_name="ssn_ext.loss.BlockPathLengthLoss", pl_block_beta=opts.pl_block_beta)
     c.transfer = "ssn_ext.transfer.transfer"

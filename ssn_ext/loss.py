@@ -2,6 +2,8 @@
 """The SSN loss: StyleGAN2's and lambda_d times the distortion regulariser R_D, one more term and one more
 phase."""
 
+import functools
+
 import torch
 
 from ssn_ext import blocks, distortion, grids
@@ -17,17 +19,24 @@ class DistortionRegularizedLoss(StyleGAN2Loss):
     clamped, where z^a is z with block a drawn anew; of several grids, the mean of each one's R_D. It is
     estimated without bias: per sample one uniform block a (dist_blocks of them, averaged), the same noise in
     both pictures, no style mixing. The phase runs every dist_interval iterations on 1/dist_batch_shrink of the
-    batch, weighted by the interval; at lambda_d = 0 there is no such phase.
+    batch, weighted by the interval; at lambda_d = 0 there is no such phase. `distortion` names what stands in the
+    MSE's place (ssn_ext.distortion): 'mse', 'emd', or 'features', which are those of D as it is at that step: no
+    other network has to be had, and a checkpoint and all processes hold it anyway. D sees both pictures without
+    augmentation and is not trained by it.
     """
 
     TERMS = {**StyleGAN2Loss.TERMS, "Gdist": ["distortion"]}
 
-    def __init__(self, *args, lambda_d=100, dist_interval=4, dist_batch_shrink=2, dist_blocks=1, **kwargs):
+    def __init__(
+        self, *args, lambda_d=100, dist_interval=4, dist_batch_shrink=2, dist_blocks=1,
+        distortion="mse", **kwargs,
+    ):  # fmt: skip
         super().__init__(*args, **kwargs)
         self.lambda_d = lambda_d
         self.dist_interval = dist_interval
         self.dist_batch_shrink = dist_batch_shrink
         self.dist_blocks = dist_blocks
+        self.measure = choose_distortion(distortion, grids.grids_of(self.G_synthesis), self.D)
 
     def phase_rows(self, G_reg_interval=4, D_reg_interval=16):
         """StyleGAN2's phases and, unless lambda_d is 0, Gdist after the other phases of G."""
@@ -41,15 +50,22 @@ class DistortionRegularizedLoss(StyleGAN2Loss):
         """lambda_d * the estimate of R_D, [N']."""
         size = max(batch.gen_z.shape[0] // self.dist_batch_shrink, 1)
         z, c = batch.gen_z[:size], batch.gen_c[:size]
-        value = estimate_distortion(self.G_mapping, self.G_synthesis, z, c, self.dist_blocks)
+        value = estimate_distortion(self.G_mapping, self.G_synthesis, z, c, self.dist_blocks, self.measure)
         training_stats.report("Loss/distortion", value)
         return training_stats.report("Loss/G/dist", value * self.lambda_d)
 
 
-def estimate_distortion(G_mapping, G_synthesis, z, c, num_blocks=1):
-    """One unbiased draw of R_D per sample -> [N]: MSE outside a random block a of g(z) and g(z^a),
+def choose_distortion(name, grid, D):
+    """The function (before, after, mask) -> [N] of a name in distortion.NAMES; ValueError for another name."""
+    if name not in distortion.NAMES:
+        raise ValueError(f"distortion {name!r} is not known; there are {', '.join(distortion.NAMES)}")
+    return distortion.choose(grid, functools.partial(distortion.discriminator_features, D))[name]
+
+
+def estimate_distortion(G_mapping, G_synthesis, z, c, num_blocks=1, measure=distortion.masked_mse):
+    """One unbiased draw of R_D per sample -> [N]: the distortion outside a random block a of g(z) and g(z^a),
     `num_blocks` draws averaged. z [N, z_dim]; a is drawn before z', and both before the noise, which all
-    pictures share."""
+    pictures share. measure: (before, after, mask) -> [N], the change where the mask is True."""
     grid = grids.grids_of(G_synthesis)
     ws = G_mapping(z, c, skip_w_avg_update=True)
     picks = grids.random_blocks(grid, [num_blocks, z.shape[0]], device=z.device)
@@ -60,7 +76,7 @@ def estimate_distortion(G_mapping, G_synthesis, z, c, num_blocks=1):
     total = 0
     for block, other in zip(picks, fresh, strict=True):
         after = noise.run(G_synthesis, blocks.replace_blocks(ws, other, block, grid))
-        total = total + distortion.outside_change(before, after, masks[block])
+        total = total + measure(before, after, ~masks[block])
     return total / num_blocks
 
 

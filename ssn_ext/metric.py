@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of block-resampling: ldbr_dist (how far an edit reaches) and ldbr_floor (how far it must)."""
+"""Metrics of block-resampling: ldbr_dist (how far an edit reaches), also by other distortions (ldbr_emd,
+ldbr_features), and ldbr_floor (how far it must)."""
 
 import os
 
@@ -100,6 +101,44 @@ def floor_of_grid(opts, G, number, matrices, data, made):
     return result
 
 
+def ldbr_emd(opts):
+    """Expected earth mover's distortion outside a re-drawn block: colours of each block, wherever they lie in it.
+
+    As ldbr_dist, with distortion.masked_emd (squared, never more than the MSE) in the MSE's place. Results: ldbr_emd
+    and _stderr, _inside and its _stderr, _locality = inside / outside.
+    """
+    G = prepared(opts)
+    if opts.rank != 0:
+        return {}
+    opts.details.update(num_latents=NUM_LATENTS, noise_mode="const")
+    measure = distortion.choose(grids_of(G))["emd"]
+    return summarise_changes("ldbr_emd", changes_by(opts, G, measure, NUM_LATENTS, "emd"))
+
+
+def ldbr_features(opts):
+    """Expected distortion outside a re-drawn block in the detector's perceptual features, per unit of area.
+
+    Constant noise, NUM_PERCEPTUAL latents x every block, distortion.masked_features. Results: ldbr_features and
+    _stderr, _inside and its _stderr, _locality = inside / outside; other detectors than NVIDIA's are named in the key.
+    """
+    G = prepared(opts)
+    source = detectors.choose("vgg16", opts.detector)
+    detector = metric_utils.open_detector(opts, source.source)  # by all processes together
+    if opts.rank != 0:
+        return {}
+    opts.details.update(num_latents=NUM_PERCEPTUAL, noise_mode="const")
+
+    def features(pictures):
+        return detectors.perceptual_features(detector, pictures)
+
+    measure = distortion.choose(grids_of(G), features)["features"]
+    result = summarise_changes("ldbr_features", changes_by(opts, G, measure, NUM_PERCEPTUAL, "features"))
+    return {detectors.result_name(key, source): value for key, value in result.items()}
+
+
+ldbr_features.detector = "vgg16"
+
+
 def prepared(opts):
     """The generator to measure, on the device; ValueError where it has no grid of latents, or only one block."""
     resampling.check_network(opts.G)
@@ -182,8 +221,7 @@ def statistics(changes):
     """Mean and standard error of (inside [N], outside [N]), and their ratio."""
     result = {}
     for key, values in zip(["ldbr_dist", "ldbr_dist_inside"], reversed(changes), strict=True):
-        result[key] = float(values.mean())
-        result[f"{key}_stderr"] = float(values.std() / len(values) ** 0.5)
+        result.update(mean_and_error(key, values))
     result["ldbr_dist_locality"] = result["ldbr_dist_inside"] / max(result["ldbr_dist"], 1e-12)
     return result
 
@@ -201,35 +239,57 @@ def summarise_influence(matrices, grid, shape):
     return result
 
 
-@torch.no_grad()
 def perceptual_changes(opts, G, detector, count):
     """Change outside and inside a re-drawn block in the detector's perceptual distance, with standard errors.
 
     Outside: between g(z) and g(z^a) with block a pasted back; inside: between g(z) and g(z) with block a of
     g(z^a) pasted in.
     """
+
+    def measure(before, after, mask):
+        return detectors.perceptual_distance(detector, before, torch.where(mask, after, before))
+
+    outside, inside = changes_by(opts, G, measure, count, "perceptual")
+    return {
+        **mean_and_error("ldbr_dist_perceptual_outside", outside),
+        **mean_and_error("ldbr_dist_perceptual_inside", inside),
+    }
+
+
+@torch.no_grad()
+def changes_by(opts, G, measure, count, tag):
+    """A distortion outside and inside each re-drawn block, averaged over the blocks of each grid and
+    over grids -> two float64 [count].
+
+    measure: (before, after, mask) -> [N], the change where the mask is True, of pictures clamped to [-1, 1].
+    """
     grids = grids_of(G)
     masks = blocks.block_masks(grids, shape_of(G), device=opts.device)
-    progress = opts.progress.sub(tag="perceptual", num_items=count, flush_interval=16)
-    values = {"outside": [], "inside": []}
+    progress = opts.progress.sub(tag=tag, num_items=count, flush_interval=16)
+    parts = []
     for z, fresh, c in latent_pairs(opts, count):
         pictures = (each.clamp(-1, 1) for each in resampling.resample_each(G, z, c, fresh))
         before = next(pictures)
-        changes = {"outside": [], "inside": []}
-        for mask, after in zip(masks, pictures, strict=True):
-            for key, pasted in [("outside", mask), ("inside", ~mask)]:
-                mixed = torch.where(pasted, before, after)
-                changes[key].append(detectors.perceptual_distance(detector, before, mixed).cpu())
-        for key, each in changes.items():
-            values[key].append(grid_means(torch.stack(each, dim=1), grids))  # mean over blocks, [N]
-        progress.update(sum(map(len, values["inside"])))
-    result = {}
-    for key, parts in values.items():
-        samples = torch.cat(parts).double()
-        name = f"ldbr_dist_perceptual_{key}"
-        result[name] = float(samples.mean())
-        result[f"{name}_stderr"] = float(samples.std() / len(samples) ** 0.5)
+        changes = [
+            torch.stack([measure(before, after, ~mask), measure(before, after, mask)]).double().cpu()
+            for mask, after in zip(masks, pictures, strict=True)
+        ]
+        parts.append(grid_means(torch.stack(changes, dim=-1), grids))  # mean over blocks, [2, N]
+        progress.update(sum(part.shape[1] for part in parts))
+    return torch.cat(parts, dim=1).unbind()
+
+
+def summarise_changes(name, changes):
+    """Results under a metric's name from the changes outside and inside, [N] each."""
+    outside, inside = changes
+    result = {**mean_and_error(name, outside), **mean_and_error(f"{name}_inside", inside)}
+    result[f"{name}_locality"] = result[f"{name}_inside"] / max(result[name], 1e-12)
     return result
+
+
+def mean_and_error(name, samples):
+    """{name: mean of samples [N], name_stderr: its standard error}."""
+    return {name: float(samples.mean()), f"{name}_stderr": float(samples.std() / len(samples) ** 0.5)}
 
 
 def dataset_pixels(opts):

@@ -18,6 +18,8 @@ def register():
     METRICS.register("ldbr_dist", "ssn_ext.metric.ldbr_dist")
     METRICS.register("ldbr_floor", "ssn_ext.metric.ldbr_floor")
     METRICS.register("droplet", "ssn_ext.droplets.droplet")
+    METRICS.register("ldbr_emd", "ssn_ext.metric.ldbr_emd")
+    METRICS.register("ldbr_features", "ssn_ext.metric.ldbr_features")
     group = dict(heading="ssn_ext", configs=["ssn", "spade"])
     modulation = dict(heading="ssn_ext", configs=["ssn"])
     add_option(
@@ -27,6 +29,14 @@ def register():
         metavar="FLOAT",
         help="Weight of the distortion regulariser; 0 turns it off. 100 is the paper's for photographs, flat drawings"
         " want 1 to 10  [default: 100]",
+        **group,
+    )
+    add_option(
+        "--distortion",
+        desc="{}",
+        type=click.Choice(["mse", "features", "emd"]),
+        help="What the regulariser measures: pixels (the paper), features of the discriminator, or the colours in"
+        " each block wherever they lie  [default: mse]",
         **group,
     )
     add_option(

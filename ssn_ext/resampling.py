@@ -8,13 +8,13 @@ is all we have. Every fresh latent z' has a seed of its own (its donor), so an e
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 
 from ssn_ext.blocks import block_masks, replace_blocks
-from ssn_ext.distortion import block_change, inside_change, outside_change
+from ssn_ext.distortion import block_change, choose, inside_change, outside_change
 from ssn_ext.grids import Grids, block_counts, blocks_of_grid, grids_of
 from training.generating import map_seed, synthesize
 
@@ -85,20 +85,35 @@ def render(
 # Numbers.
 
 
-def measure(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor, grid: Grids) -> list[dict]:
+def measure(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    mask: torch.Tensor,
+    grid: Grids,
+    features: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> list[dict]:
     """The change of every candidate, pictures clamped to [-1, 1]: a list of K dicts of floats.
 
     before [1, C, H, W], after [K, C, H, W], mask bool [H, W]: the pixels that were meant to change.
     Keys: inside, outside (mean squared difference; NaN where there is no such pixel), ratio (inside /
-    outside), blocks (the mean squared difference of each of the B pixel blocks).
+    outside), blocks (the mean squared difference of each of the B pixel blocks), emd_inside, emd_outside
+    (distortion.masked_emd), and features_inside, features_outside (masked_features) where features are given.
     """
     before, after = before.clamp(-1, 1), after.clamp(-1, 1)
     inside = inside_change(before, after, mask).tolist()
     outside = outside_change(before, after, mask).tolist()
     blocks = block_change(before, after, block_masks(grid, before.shape[-2:])).tolist()
+    others = {}
+    for name, distortion in choose(grid, features).items():
+        if name != "mse":
+            others[f"{name}_inside"] = distortion(before, after, mask).tolist()
+            others[f"{name}_outside"] = distortion(before, after, ~mask).tolist()
     return [
-        {"inside": i, "outside": o, "ratio": i / o if o != 0 else float("nan"), "blocks": b}
-        for i, o, b in zip(inside, outside, blocks, strict=True)
+        {
+            **{"inside": i, "outside": o, "ratio": i / o if o != 0 else float("nan"), "blocks": b},
+            **{name: values[number] for name, values in others.items()},
+        }
+        for number, (i, o, b) in enumerate(zip(inside, outside, blocks, strict=True))
     ]
 
 

@@ -137,7 +137,7 @@ def write_record(path: str, record: dict[str, Any]) -> None:
     """Writes a result's JSON: paths in its history relative to it, numbers that are not finite as null."""
     folder = os.path.dirname(os.path.abspath(path))
     history = [{**step, "result": relative(step["result"], folder)} for step in record["history"]]
-    text = json.dumps(_finite({"format": FORMAT, **record, "history": history}), indent=2, allow_nan=False)
+    text = json.dumps(finite({"format": FORMAT, **record, "history": history}), indent=2, allow_nan=False)
     with open_atomic(path) as f:
         f.write((text + "\n").encode())
 
@@ -156,10 +156,10 @@ def relative(path: str, folder: str) -> str:
         return os.path.abspath(path)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """value with every NaN or infinity, which JSON does not know, replaced by None."""
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

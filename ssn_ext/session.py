@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One call of resample.py: make_job checks all that a user can get wrong, resample does the work."""
 
+import functools
 import hashlib
 import os
 import re
@@ -11,13 +12,14 @@ import numpy as np
 import torch
 
 from ssn_ext import blocks as block_tools
-from ssn_ext import figures, resampling, results
+from ssn_ext import figures, ranking, resampling, results
+from ssn_ext.distortion import discriminator_features
 from ssn_ext.grids import block_name, grids_of
 from torch_utils.distributed import choose_device
-from torch_utils.images import read_image, to_uint8, write_png
+from torch_utils.images import read_image, read_label_map, to_uint8, write_png
 from training import generating
 from training.shapes import shape_of
-from training.snapshot import load_network_pkl
+from training.snapshot import SnapshotError, load_network_pkl
 
 DEFAULT_CANDIDATES = 4
 DEFAULTS = {
@@ -38,9 +40,12 @@ class Options:
     blocks: str | None = None
     mask: str | None = None
     mask_coverage: float = 0.0
+    label: list[int] | None = None
     numbering: bool = False
     candidates: int | None = None
     candidate_seed: int = 0
+    best: int | None = None
+    by: str | None = None
     swap: list[int] | None = None
     source: str | None = None
     pick: int | None = None
@@ -58,6 +63,7 @@ class Job:
     """A checked call."""
 
     G: torch.nn.Module
+    D: torch.nn.Module | None  # where candidates are ranked by realism
     device: torch.device
     label: torch.Tensor | None  # class label [1, c_dim]
     mask: torch.Tensor  # bool [H, W]: the pixels that are meant to change
@@ -91,13 +97,16 @@ def make_job(opts: Options, default_network: str) -> Job:
     earlier = [(path, results.read_record(path)) for path in paths]
     device = torch.device(choose_device(1, opts.device)[1])
     source = opts.network or (earlier[0][1]["network"]["source"] if earlier else default_network)
-    G = _load_network(source, device, opts.trust_pickle)
+    ranked_by = (opts.by or "realism") if opts.best or opts.by else None
+    G, D = _load_networks(source, device, opts.trust_pickle, with_D=ranked_by == "realism")
     network_hash = _check_same_network(source, G, earlier)
     passed_on = _passed_on(opts, earlier)
     label = generating.class_label(G, passed_on["class"], device)
     blocks, mask = _choose_blocks(opts, G)
     starts = _starts(opts, earlier, G, label, passed_on["trunc"], device)
     count = len(opts.swap) if opts.swap else opts.candidates or DEFAULT_CANDIDATES
+    if opts.best and opts.best > count:
+        raise ValueError(f"--best={opts.best}: there are only {count} candidates to choose from")
     settings = {
         **passed_on,
         "blocks": blocks,
@@ -107,9 +116,11 @@ def make_job(opts: Options, default_network: str) -> Job:
         "swap": opts.swap,
         "from": _from(opts, paths),
         "projected_w": _digest(np.concatenate([s.ws for s in starts])) if opts.projected_w else None,
+        **({"by": ranked_by, "best": opts.best or count} if ranked_by else {}),
     }
     return Job(
         G=G,
+        D=D,
         device=device,
         label=label,
         mask=mask,
@@ -131,6 +142,10 @@ def _check_combinations(opts: Options) -> None:
         raise ValueError(
             "Say what to re-draw, as --blocks=5,6 or --mask=FILE (--numbering shows the numbers)"
         )
+    if opts.label is not None and not opts.mask:
+        raise ValueError("--label chooses values of a label map: give one with --mask")
+    if (opts.best or opts.by) and not (opts.blocks or opts.mask):
+        raise ValueError("--best and --by rank candidates: say with --blocks or --mask what to re-draw")
     if (opts.swap or opts.candidates) and not (opts.blocks or opts.mask):
         raise ValueError("--swap and --candidates need --blocks or --mask: what is to be re-drawn?")
     if opts.swap and opts.candidates:
@@ -143,14 +158,27 @@ def _check_combinations(opts: Options) -> None:
         raise ValueError("--projected-w gives the pictures to begin with: leave out --from and --seeds")
 
 
-def _load_network(source: str, device: torch.device, trust: bool) -> torch.nn.Module:
-    """The G_ema of a snapshot, ready to use, if it has a grid of latents."""
-    G = load_network_pkl(source, trust=trust, only=["G_ema"])["G_ema"].eval().requires_grad_(False).to(device)
+def _load_networks(
+    source: str, device: torch.device, trust: bool, with_D: bool
+) -> tuple[torch.nn.Module, torch.nn.Module | None]:
+    """The G_ema of a snapshot, if it has a grid of latents, and its D where that is wanted, ready to use."""
+    names = ["G_ema", "D"] if with_D else ["G_ema"]
+    try:
+        networks = load_network_pkl(source, trust=trust, only=names)
+    except SnapshotError as err:
+        if with_D and "D is missing" in str(err):
+            hint = "it ranks by realism; --by=diversity and --by=locality do without"
+            raise ValueError(f"--network={source} has no discriminator: {hint}") from err
+        raise
+    G, D = (
+        networks[name].eval().requires_grad_(False).to(device) if name in names else None
+        for name in ("G_ema", "D")
+    )
     try:
         resampling.check_network(G)
     except ValueError as err:
         raise ValueError(f"--network={source}: {err}") from err
-    return G
+    return G, D
 
 
 def _check_same_network(source: str, G: torch.nn.Module, earlier: Earlier) -> str:
@@ -183,14 +211,27 @@ def _choose_blocks(opts: Options, G: torch.nn.Module) -> tuple[list[int], torch.
     if opts.mask is None:
         blocks = block_tools.parse_blocks(opts.blocks, grids) if opts.blocks else []
         return blocks, block_tools.union_mask(blocks, grids, shape)
-    mask = torch.from_numpy(read_image(opts.mask, "L")[:, :, 0] > 127)
+    mask = torch.from_numpy(_labelled(opts) if opts.label else read_image(opts.mask, "L")[:, :, 0] > 127)
     if list(mask.shape) != shape:
         sizes = [f"{width}x{height}" for height, width in (mask.shape, shape)]
         raise ValueError(f"--mask={opts.mask} has {sizes[0]} pixels, the network's pictures have {sizes[1]}")
     blocks = block_tools.blocks_of_mask(mask, grids, opts.mask_coverage)
+    if not blocks and opts.label:
+        raise ValueError(f"--label covers no more than --mask-coverage={opts.mask_coverage} of any block")
     if not blocks:
         raise ValueError(f"--mask={opts.mask} covers no block: paint white what is to be re-drawn")
     return blocks, mask
+
+
+def _labelled(opts: Options) -> np.ndarray:
+    """Bool [H, W]: where the label map has one of the values wanted."""
+    labels = read_label_map(opts.mask)
+    there = np.unique(labels).tolist()
+    for value in opts.label:
+        if value not in there:
+            listed = ", ".join(map(str, there[:20])) + (", ..." if len(there) > 20 else "")
+            raise ValueError(f"--label={value} is not in {opts.mask}: its values are {listed}")
+    return np.isin(labels, opts.label)
 
 
 def _starts(
@@ -237,13 +278,16 @@ def _from(opts: Options, paths: list[str]) -> dict[str, Any] | None:
 
 def _folder_name(opts: Options) -> str:
     """What a call does, as part of a folder's name: blocks5_6, row0-swap8, mask-hair-from00000-pick3."""
+    labels = "_".join(map(str, opts.label or []))
     stem = (
-        f"mask-{os.path.splitext(os.path.basename(opts.mask))[0]}"
+        f"mask-{os.path.splitext(os.path.basename(opts.mask))[0]}" + (f"-{labels}" if labels else "")
         if opts.mask
         else opts.blocks or "numbering"
     )
     name = re.sub(r"[^a-z0-9-]+", "_", stem.lower())[:40]
     name = f"blocks{name}" if name[0].isdigit() else name
+    if opts.best or opts.by:
+        name += f"-by-{opts.by or 'realism'}"
     if opts.swap:
         name += "-swap" + "_".join(map(str, opts.swap))[:40]
     if opts.source:
@@ -271,12 +315,16 @@ def resample(job: Job, folder: str, start: results.Start) -> dict[str, Any]:
     ws = torch.from_numpy(start.ws).to(job.device)
     if blocks:
         ws = torch.cat([ws, resampling.redraw(job.G, ws, blocks, donors, job.label, settings["trunc"])])
-    pictures = resampling.render(job.G, ws, settings["noise_mode"], start.seed).cpu()
-    changes = resampling.measure(pictures[:1], pictures[1:], job.mask, grids_of(job.G))
+    pictures = resampling.render(job.G, ws, settings["noise_mode"], start.seed)
+    features = None if job.D is None else functools.partial(discriminator_features, job.D)
+    changes = resampling.measure(pictures[:1], pictures[1:], job.mask, grids_of(job.G), features)
     candidates = [
         {"number": number, "donor": donor, "image": f"{start.name}-{number}.png", **change}
         for number, (donor, change) in enumerate(zip(donors, changes, strict=True), 1)
     ]
+    if "by" in settings and candidates:
+        _rank(job, candidates, pictures)
+    pictures = pictures.cpu()
     record = {
         "name": start.name,
         "seed": start.seed,
@@ -301,6 +349,31 @@ def _grid_record(G: torch.nn.Module) -> dict[str, Any]:
     return {"grid": grids[0]} if len(grids) == 1 else {"grids": grids}
 
 
+def _rank(job: Job, candidates: list[dict[str, Any]], pictures: torch.Tensor) -> None:
+    """Adds scores and rank (1 is the best) to the candidates of pictures[1:]; those that are not among the best lose
+    their image."""
+    by, best = job.settings["by"], job.settings["best"]
+    order, distances = ranking.farthest_first(pictures[:1], pictures[1:], job.mask)
+    scores = {"diversity": distances, "locality": [each["ratio"] for each in candidates]}
+    if job.D is not None:
+        settings = (job.settings["trunc"], job.settings["noise_mode"], job.device)
+        others = ranking.references(job.G, job.D, job.label, *settings)
+        scores["realism"] = ranking.realism(job.D, pictures[1:], others, job.label)
+    if by != "diversity":
+        order = ranking.best_first(scores[by])
+    for rank, place in enumerate(order, 1):
+        candidate = candidates[place]
+        candidate["scores"], candidate["rank"] = {name: each[place] for name, each in scores.items()}, rank
+        if rank > best:
+            candidate["image"] = None
+
+
+def shown_candidates(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The candidates of a record that have pictures, the best first where they are ranked."""
+    shown = [each for each in record["candidates"] if each["image"] is not None]
+    return sorted(shown, key=lambda each: each.get("rank", 0))
+
+
 def _latents(job: Job, start: results.Start, donors: list[int]) -> np.ndarray:
     """z of the original and of every candidate -> float32 [1 + K, z_dim]."""
     z = torch.from_numpy(start.z)
@@ -313,16 +386,19 @@ def _write_pictures(
     job: Job, folder: str, start: results.Start, record: dict[str, Any], pictures: np.ndarray
 ) -> None:
     """Single pictures, the sheet of all, the numbering; adds what it wrote to record['files']."""
-    files, candidates = record["files"], record["candidates"]
+    files, candidates = record["files"], shown_candidates(record)
     write_png(os.path.join(folder, files["original"]), pictures[0])
-    for candidate, picture in zip(candidates, pictures[1:], strict=True):
+    chosen = [pictures[each["number"]] for each in candidates]
+    for candidate, picture in zip(candidates, chosen, strict=True):
         write_png(os.path.join(folder, candidate["image"]), picture)
     if candidates:
         files["grid"] = f"{start.name}-grid.png"
-        labels = ["original", *(_caption(each) for each in candidates)]
+        by = job.settings.get("by")
+        among = f", the best {len(candidates)} of {len(record['candidates'])} by {by}" if by else ""
+        labels = ["original", *(_caption(each, by) for each in candidates)]
         step = sum(earlier["pick"] > 0 for earlier in start.history) + 1
-        title = f"{start.name}: {job.what} re-drawn" + (f" (edit number {step})" if step > 1 else "")
-        sheet = figures.candidate_sheet(pictures[0], list(pictures[1:]), job.mask.numpy(), labels, title)
+        title = f"{start.name}: {job.what} re-drawn{among}" + (f" (edit number {step})" if step > 1 else "")
+        sheet = figures.candidate_sheet(pictures[0], chosen, job.mask.numpy(), labels, title)
         write_png(os.path.join(folder, files["grid"]), sheet)
     if job.numbering:
         files["numbering"] = f"{start.name}-numbering.png"
@@ -330,6 +406,9 @@ def _write_pictures(
         write_png(os.path.join(folder, files["numbering"]), numbered)
 
 
-def _caption(candidate: dict[str, Any]) -> str:
+def _caption(candidate: dict[str, Any], by: str | None) -> str:
     """What stands under a candidate."""
-    return f"{candidate['number']}\ninside {candidate['inside']:.3g}\noutside {candidate['outside']:.2g}"
+    lines = [f"inside {candidate['inside']:.3g}", f"outside {candidate['outside']:.2g}"]
+    if by is not None:
+        lines.insert(0, f"{by} {candidate['scores'][by]:.3g}")
+    return "\n".join([str(candidate["number"]), *lines])

@@ -8,15 +8,18 @@ import sys
 import time
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from click.testing import CliRunner
 
 import resample
-from ssn_ext.blocks import block_masks, replace_blocks
+from ssn_ext import ranking
+from ssn_ext.blocks import block_masks, replace_blocks, union_mask
+from ssn_ext.distortion import discriminator_features, masked_emd, masked_features
 from ssn_ext.networks import SpatialGenerator
 from torch_utils.images import read_image, to_uint8, write_png
-from training.networks import Generator
+from training.networks import Discriminator, Generator
 from training.snapshot import save_network_pkl
 
 GRID, RES = [2, 2], 16
@@ -177,6 +180,147 @@ def test_a_painted_mask_is_measured_itself(snapshot, run, tmp_path):
     square = (after - before).square().mean(dim=0).numpy()
     assert result["candidates"][0]["inside"] == pytest.approx(square[mask > 0].mean(), rel=1e-3)
     assert result["candidates"][0]["outside"] == pytest.approx(square[mask == 0].mean(), rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def judged(snapshot, tmp_path_factory):
+    """The same generator in a snapshot with a discriminator: (path, D)."""
+    torch.manual_seed(1)
+    D = Discriminator(c_dim=0, img_resolution=RES, img_channels=3, channel_base=128, channel_max=8)
+    path = str(tmp_path_factory.mktemp("judged") / "ssn.pkl")
+    save_network_pkl(path, G=snapshot[1], D=D, G_ema=snapshot[1])
+    return path, D.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("by", ranking.BY)
+def test_the_best_candidates_are_shown_in_order(snapshot, judged, run, by):
+    """All are scored in the JSON and can be gone on from; the best have pictures, which are the candidates' own."""
+    plain, _ = run("--blocks=1,2", "--candidates=6")
+    folder, output = run("--blocks=1,2", "--candidates=6", "--best=2", f"--by={by}", f"--network={judged[0]}")
+    assert folder.name == f"00001-blocks1_2-by-{by}"
+    result = record(folder)
+    candidates = result["candidates"]
+    assert [each["donor"] for each in candidates] == [each["donor"] for each in record(plain)["candidates"]]
+    assert (result["settings"]["by"], result["settings"]["best"]) == (by, 2)
+    assert sorted(each["rank"] for each in candidates) == [1, 2, 3, 4, 5, 6]
+    ranked = sorted(candidates, key=lambda each: each["rank"])
+    scores = [each["scores"][by] for each in ranked]
+    assert scores == sorted(scores, reverse=True) and len(set(scores)) == 6
+    shown = [each["number"] for each in ranked[:2]]
+    pictures = {f"seed0000-{name}.png" for name in ["original", "grid", *shown]}
+    assert {path.name for path in folder.glob("*.png")} == pictures
+    for number in shown:
+        name = f"seed0000-{number}.png"
+        assert (folder / name).read_bytes() == (plain / name).read_bytes()
+    assert [each["image"] is None for each in ranked] == [False] * 2 + [True] * 4
+    lines = [line for line in output.splitlines() if line.split()[:1] in ([str(n)] for n in range(1, 7))]
+    assert [int(line.split()[0]) for line in lines] == shown
+    assert [float(line.split()[-1]) for line in lines] == pytest.approx(scores[:2], rel=1e-3)
+    assert f"Go on from candidate {shown[0]}: " in output
+    again, _ = run(f"--from={folder}", f"--pick={ranked[-1]['number']}", "--blocks=0", "--candidates=1")
+    assert torch.equal(latents(again)["ws"][0], latents(folder)["ws"][ranked[-1]["number"]])
+
+
+def test_scores_are_what_they_say(snapshot, judged, run):
+    """locality: change inside by change outside; diversity: the first is the largest change inside; realism: D's logit
+    beside three pictures of the last seeds; features: those of D."""
+    folder, _ = run("--blocks=1,2", "--candidates=4", "--best=1", f"--network={judged[0]}")
+    result = record(folder)
+    assert result["settings"]["by"] == "realism"
+    G, D = snapshot[1], judged[1]
+    others = torch.cat([G(z_of(2**32 - 1 - i), None, noise_mode="const") for i in range(3)])
+    pictures = G.synthesis(latents(folder)["ws"], noise_mode="const")
+    clamped = pictures.clamp(-1, 1)
+    outside = ~union_mask([1, 2], GRID, (RES, RES))
+    for each, picture in zip(result["candidates"], pictures[1:], strict=True):
+        assert each["scores"]["locality"] == each["ratio"] == pytest.approx(each["inside"] / each["outside"])
+        logit = D(torch.cat([picture[None], others]), None)[0]
+        assert each["scores"]["realism"] == pytest.approx(logit.item(), rel=1e-3, abs=1e-4)
+        after = clamped[each["number"]][None]
+        emd = masked_emd(clamped[:1], after, outside, GRID)
+        assert each["emd_outside"] == pytest.approx(float(emd), rel=1e-3)
+        features = masked_features(clamped[:1], after, outside, lambda x: discriminator_features(D, x))
+        assert each["features_outside"] == pytest.approx(float(features), rel=1e-3)
+    diversity = [each["scores"]["diversity"] for each in result["candidates"]]
+    assert max(diversity) == pytest.approx(max(each["inside"] for each in result["candidates"]))
+
+
+def test_ranking_by_change_needs_no_discriminator(run):
+    folder, _ = run("--blocks=0", "--candidates=3", "--by=locality")
+    candidates = record(folder)["candidates"]
+    assert all(each["image"] and "realism" not in each["scores"] for each in candidates)
+    assert "features_inside" not in candidates[0] and candidates[0]["emd_inside"] > 0
+
+
+@pytest.mark.parametrize("kind", ["grey", "palette", "deep"])
+def test_a_label_map_chooses_its_values(run, tmp_path, kind):
+    """The same blocks and the same numbers as with the mask painted by hand."""
+    labels = np.zeros((RES, RES), dtype=np.uint8)
+    labels[2:5, 3:8], labels[9:, 9:], labels[0, 15] = 3, 5, 7
+    image = PIL.Image.fromarray(labels.astype(np.uint16) * 100 if kind == "deep" else labels)
+    if kind == "palette":
+        image.putpalette([255 - i // 3 for i in range(768)])
+    image.save(tmp_path / "map.png")
+    write_png(tmp_path / "painted.png", np.isin(labels, [3, 5]).astype(np.uint8) * 255)
+    values = "300,500" if kind == "deep" else "3,5"
+    folder, _ = run(f"--mask={tmp_path / 'map.png'}", f"--label={values}", "--candidates=1")
+    painted, _ = run(f"--mask={tmp_path / 'painted.png'}", "--candidates=1")
+    assert folder.name == "00000-mask-map-" + values.replace(",", "_") and folder == painted
+    assert record(folder)["settings"]["blocks"] == [0, 3]
+    assert record(folder)["candidates"] == record(painted)["candidates"]
+
+
+def test_wide_networks_take_wide_masks(run, tmp_path):
+    """8x16 pixels, 2x4 blocks: a label map of its shape is measured itself, one of another shape refused."""
+    torch.manual_seed(0)
+    G = SpatialGenerator(
+        z_dim=16, c_dim=0, w_dim=16, img_resolution=16, img_channels=3, latent_grid=[2, 4], img_shape=[8, 16],
+        mapping_kwargs={"num_layers": 1}, synthesis_kwargs={"channel_base": 64, "channel_max": 8},
+    )  # fmt: skip
+    G = G.eval().requires_grad_(False)
+    D = Discriminator(
+        c_dim=0, img_resolution=16, img_channels=3, img_shape=[8, 16], channel_base=64, channel_max=8
+    )
+    save_network_pkl(tmp_path / "wide.pkl", G=G, D=D, G_ema=G)
+    labels = np.zeros((8, 16), dtype=np.uint8)
+    labels[5:8, 9:14] = 2
+    write_png(tmp_path / "map.png", labels)
+    network = f"--network={tmp_path / 'wide.pkl'}"
+    folder, _ = run(network, f"--mask={tmp_path / 'map.png'}", "--label=2", "--candidates=3", "--best=2")
+    result = record(folder)
+    assert result["settings"]["blocks"] == [6, 7]
+    pictures = G.synthesis(latents(folder)["ws"], noise_mode="const").clamp(-1, 1)
+    for each in result["candidates"]:
+        square = (pictures[each["number"]] - pictures[0]).square().mean(dim=0).numpy()
+        assert each["inside"] == pytest.approx(square[labels == 2].mean(), rel=1e-3)
+        assert each["outside"] == pytest.approx(square[labels != 2].mean(), rel=1e-3)
+    again, _ = run(network, f"--mask={tmp_path / 'map.png'}", "--label=2", "--mask-coverage=0.5")
+    assert record(again)["settings"]["blocks"] == [6]
+    write_png(tmp_path / "tall.png", labels.T)
+    lines = fails(tmp_path, network, f"--mask={tmp_path / 'tall.png'}", "--label=2")
+    assert "has 8x16 pixels, the network's pictures have 16x8" in lines[-1]
+
+
+def test_mistakes_in_ranking_and_label_maps_are_named(run, tmp_path):
+    write_png(tmp_path / "map.png", np.full((RES, RES), 4, dtype=np.uint8))
+    write_png(tmp_path / "colours.png", np.zeros((RES, RES, 3), dtype=np.uint8))
+    (tmp_path / "text.png").write_text("no picture")
+    for args, message in [
+        (["--blocks=0", "--best=2"], "has no discriminator: it ranks by realism; --by=diversity"),
+        (["--blocks=0", "--best=5", "--by=locality"], "--best=5: there are only 4 candidates"),
+        (["--numbering", "--by=locality"], "--best and --by rank candidates"),
+        (["--blocks=0", "--label=3"], "--label chooses values of a label map"),
+        ([f"--mask={tmp_path / 'map.png'}", "--label=3"], "map.png: its values are 4"),
+        ([f"--mask={tmp_path / 'colours.png'}", "--label=3"], "colours.png has colours (mode RGB)"),
+        ([f"--mask={tmp_path / 'text.png'}", "--label=3"], "Not a picture of a known format"),
+    ]:
+        line = fails(tmp_path, *args)[-1]
+        assert line.startswith("Error: ") and message in line, line
+    labels = np.zeros((RES, RES), dtype=np.uint8)
+    labels[0, 0] = 1
+    write_png(tmp_path / "map.png", labels)
+    line = fails(tmp_path, f"--mask={tmp_path / 'map.png'}", "--label=1", "--mask-coverage=0.5")[-1]
+    assert "--label covers no more than --mask-coverage=0.5 of any block" in line
 
 
 def test_projected_pictures_are_edited_and_go_on(snapshot, run, tmp_path):

@@ -326,6 +326,7 @@ def test_options_do_what_they_say(tmp_path):
             "--initstrength=resume needs a --resume file that was trained with augmentation",
         ),
         (["--lambda-d=5"], "--lambda-d has no use with --cfg=auto; it goes with ssn, spade"),
+        (["--distortion=emd"], "--distortion has no use with --cfg=auto; it goes with ssn, spade"),
         (["--cfg=ssn", "--set=loss_kwargs.kwargs=1"], "--set loss_kwargs.kwargs: kwargs is not known there"),
         (
             ["--cfg=ssn", "--latent-grid=64x64"],
@@ -434,8 +435,8 @@ HELP_GROUPS = {
     "Transfer": "--resume --allow-partial --freezed --trust-pickle",
     "Performance": "--batch-gpu --precision --fp32 --nhwc --ops --nobench --allow-tf32 --workers",
     "Logging": "--log --best --keep-last",
-    "Options of ssn_ext": "--lambda-d --dist-blocks --pl-block-beta --latent-grid --latent-grids --grid-split"
-    " --encoder-init --demodulation",
+    "Options of ssn_ext": "--lambda-d --distortion --dist-blocks --pl-block-beta --latent-grid --latent-grids "
+    "--grid-split --encoder-init --demodulation",
 }
 
 
@@ -493,6 +494,12 @@ def test_help_imports_no_torch():
 
 
 # --- the spatial config -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mse", "features", "emd"])
+def test_distortion_reaches_the_loss(name):
+    assert plan("--cfg=ssn", f"--distortion={name}")["loss_kwargs"]["distortion"] == name
+    assert "distortion" not in plan("--cfg=ssn")["loss_kwargs"]  # as before there was a choice
 
 
 def test_spatial_config_takes_its_widths_from_the_source(stylegan2_pkl):

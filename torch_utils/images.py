@@ -77,6 +77,22 @@ def read_image(path: str | os.PathLike, mode: str | None = None) -> np.ndarray:
     return array.reshape(*array.shape[:2], -1)
 
 
+def read_label_map(path: str | os.PathLike) -> np.ndarray:
+    """Reads a segmentation -> int64 [H, W]: grey values, 8 or 16 bits, or the numbers of a palette's colours.
+
+    OSError for a file that is no picture, ValueError, naming the path, for one of true colours.
+    """
+    try:
+        with PIL.Image.open(path) as image:
+            if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
+                raise ValueError(
+                    f"{path} has colours (mode {image.mode}): a label map is grey or has a palette"
+                )
+            return np.asarray(image).astype(np.int64)
+    except PIL.UnidentifiedImageError as error:
+        raise OSError(f"Not a picture of a known format: {path}") from error
+
+
 def _natural_mode(image: PIL.Image.Image) -> str:
     if image.has_transparency_data:
         return "RGBA"

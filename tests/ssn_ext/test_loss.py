@@ -6,10 +6,10 @@ import itertools
 import pytest
 import torch
 
-from ssn_ext import blocks, transfer
-from ssn_ext.loss import DistortionRegularizedLoss, estimate_distortion
+from ssn_ext import blocks, distortion, transfer
+from ssn_ext.loss import DistortionRegularizedLoss, choose_distortion, estimate_distortion
 from ssn_ext.networks import SpatialGenerator
-from training.loss import StyleGAN2Loss
+from training.loss import Batch, StyleGAN2Loss
 from training.networks import Discriminator, Generator
 
 
@@ -152,3 +152,49 @@ def test_phase_row_and_weight():
         grads.append(S.synthesis.b8.conv0.weight.grad.clone())
     torch.testing.assert_close(grads[0], grads[1])
     assert float(grads[0].abs().max()) > 0
+
+
+@pytest.mark.parametrize("name", distortion.NAMES)
+def test_each_distortion_is_measured_outside_the_block_that_was_drawn(name):
+    """The term equals the distortion of the two pictures, made by hand from the same draws; all differ."""
+    plain, _theirs, S, D = losses(30)
+    ours = DistortionRegularizedLoss(
+        device="cpu", G_mapping=S.mapping, G_synthesis=S.synthesis, D=D, lambda_d=30, distortion=name
+    )
+    z, c = torch.randn(6, S.z_dim), torch.zeros(6, 0)
+    torch.manual_seed(3)
+    value = ours.distortion(Batch(None, None, z, c))
+    torch.manual_seed(3)
+    block = torch.randint(16, [1, 3])[0]
+    fresh = torch.randn(3, S.z_dim)
+    before = S.synthesis(S.mapping(z[:3], None))
+    after = S.synthesis(S.mapping(blocks.replace_blocks(z[:3], fresh, block, S.latent_grid), None))
+    outside = ~blocks.block_masks([4, 4], [16, 16])[block]
+    expected = {
+        "mse": lambda: distortion.masked_mse(before, after, outside),
+        "emd": lambda: distortion.masked_emd(before, after, outside, [4, 4]),
+        "features": lambda: distortion.masked_features(
+            before, after, outside, lambda pictures: distortion.discriminator_features(D, pictures)
+        ),
+    }[name]()
+    torch.testing.assert_close(value, 30 * expected, rtol=1e-3, atol=1e-5)
+    torch.manual_seed(3)
+    assert torch.equal(plain.distortion(Batch(None, None, z, c)), value) == (name == "mse")
+
+
+@pytest.mark.parametrize("name", ["features", "emd"])
+def test_a_distortion_trains_the_generator_alone(name):
+    _ours, _theirs, S, D = losses(30)
+    nets = dict(device="cpu", G_mapping=S.mapping, G_synthesis=S.synthesis, D=D)
+    loss = DistortionRegularizedLoss(**nets, distortion=name)
+    S.requires_grad_(True)
+    loss.accumulate_gradients("Gdist", None, None, torch.randn(4, S.z_dim), torch.zeros(4, 0), gain=4)
+    S.requires_grad_(False)
+    grads = [p.grad for p in S.parameters() if p.grad is not None]
+    assert grads and all(g.isfinite().all() for g in grads) and max(float(g.abs().max()) for g in grads) > 0
+    assert all(p.grad is None for p in D.parameters())
+
+
+def test_an_unknown_distortion_is_refused():
+    with pytest.raises(ValueError, match="distortion 'ssim' is not known; there are mse, features, emd"):
+        choose_distortion("ssim", [4, 4], None)

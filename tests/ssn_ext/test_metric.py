@@ -86,6 +86,44 @@ def test_ldbr_dist_of_a_linear_generator(tmp_path):
     assert line["snapshot_pkl"] == "network-snapshot-000001.pkl" and line["details"]["num_latents"] == 1024
 
 
+def test_ldbr_emd_of_a_linear_generator():
+    """Blocks of one grey each: what moves is the colour, so it equals the MSE."""
+    own, leak = 0.1, 0.02
+    emd = run("ldbr_emd", LinearGenerator(own, leak)).results
+    mse = run("ldbr_dist", LinearGenerator(own, leak)).results
+    for key in ["", "_stderr", "_inside", "_inside_stderr", "_locality"]:
+        assert emd[f"ldbr_emd{key}"] == pytest.approx(mse[f"ldbr_dist{key}"], rel=1e-4), key
+
+
+def test_ldbr_features_is_the_perceptual_change_per_area(monkeypatch):
+    """With a detector whose features are the pixels, three channels of them: three times the MSE."""
+    own, leak = 0.1, 0.02
+
+    def detector(pictures, resize_images, return_lpips):
+        return (pictures / 127.5 - 1) / 8  # squared distances are means over the 64 pixels
+
+    monkeypatch.setattr(metric.metric_utils, "open_detector", lambda opts, source: detector)
+    result = run("ldbr_features", LinearGenerator(own, leak), detector="efficientnet-lite0-128")
+    got = {key.removesuffix("_efficientnet_lite0_128"): value for key, value in result.results.items()}
+    assert sorted(got) == sorted(
+        f"ldbr_features{key}" for key in ["", "_stderr", "_inside", "_inside_stderr", "_locality"]
+    )
+    assert got["ldbr_features"] == pytest.approx(3 * 2 * leak**2, abs=4 * got["ldbr_features_stderr"])
+    assert got["ldbr_features_inside"] == pytest.approx(
+        3 * 2 * own**2, abs=4 * got["ldbr_features_inside_stderr"]
+    )
+    assert got["ldbr_features_locality"] == pytest.approx((own / leak) ** 2, rel=1e-3)
+    assert result.details.num_latents == metric.NUM_PERCEPTUAL
+    shared = run("ldbr_dist", LinearGenerator(own, leak), detector="efficientnet-lite0-128").results
+    outside = shared["ldbr_dist_perceptual_outside_efficientnet_lite0_128"]
+    assert outside == pytest.approx(got["ldbr_features"] * 3 / 4, rel=1e-4)  # of the whole picture
+
+
+def test_ldbr_features_says_that_it_needs_a_detector():
+    assert "vgg16.pt" in metric_main.why_unavailable(["ldbr_features"], detector="/nowhere/vgg16.pt")
+    assert metric_main.why_unavailable(["ldbr_emd"]) is None
+
+
 def test_standard_error_is_clustered_by_latent():
     """Blocks that change alike within a latent must not shrink the error: it is that of N values, not of N*B."""
     rnd = np.random.RandomState(0)

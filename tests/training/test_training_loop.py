@@ -109,14 +109,19 @@ def assert_equal_states(a, b, path=""):
         assert a == b or (a != a and b != b), path
 
 
-@pytest.mark.parametrize("spatial,stop", [(False, 1), (False, 6), (True, 4)])
-def test_a_stopped_run_goes_on_exactly(pictures, tmp_path, monkeypatch, spatial, stop):
+@pytest.mark.parametrize(
+    "spatial,stop,more",
+    [(False, 1, {}), (False, 6, {}), (True, 4, {}), (True, 4, {"distortion": "features"})],
+)
+def test_a_stopped_run_goes_on_exactly(pictures, tmp_path, monkeypatch, spatial, stop, more):
     """Weights, optimisers, ADA, counters, statistics: all equal to those of the run that was never
     stopped."""
     whole = options(pictures, tmp_path / "whole", spatial)
+    whole.loss_kwargs.update(more)
     assert training_loop.training_loop(**whole) is True
     training_stats.load_state_dict({})
     parts = options(pictures, tmp_path / "parts", spatial)
+    parts.loss_kwargs.update(more)
     with monkeypatch.context() as patch:
         stop_after(patch, stop)
         assert training_loop.training_loop(**parts) is False
