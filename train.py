@@ -257,9 +257,10 @@ def continue_config(run_dir, given):
     path = os.path.join(run_dir, "training_options.json")
     try:
         with open(path, encoding="utf-8") as f:
-            saved = dnnlib.EasyDict(json.load(f))
-    except (OSError, ValueError) as err:
+            saved = json.load(f)
+    except (OSError, ValueError, RecursionError) as err:
         raise configs.ConfigError(f"--resume: cannot read {path}: {err}") from err
+    running.check_saved(saved, path, trust="trust_pickle" in given)
     command = saved.pop("command")
     changed = {k: v for k, v in given.items() if k not in NOT_RUN_OPTIONS and v != command.get(k)}
     fixed = [
