@@ -9,7 +9,7 @@ import sys
 import click
 
 import dnnlib
-from dnnlib.cli import CommaList
+from dnnlib.cli import CommaList, OutDir
 from dnnlib.plugins import PluginError, load_plugins
 from training import configs
 
@@ -32,7 +32,9 @@ Examples:
 
 GROUPS = {
     "General": {
-        "--outdir": dict(metavar="DIR", help="Where the run directories go; needed for a new run"),
+        "--outdir": dict(
+            type=OutDir(), metavar="DIR", help="Where the run directories go; needed for a new run"
+        ),
         "--gpus": dict(
             type=int,
             metavar="INT",
@@ -298,7 +300,7 @@ def plan(options, given):
                 " been started (WORLD_SIZE)"
             )
     else:
-        if options["outdir"] is None:
+        if not options["outdir"]:
             raise configs.ConfigError("--outdir is required: where the run directory is to be made")
         if options["resume"] is not None:
             command["resume"] = options["resume"]
