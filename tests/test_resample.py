@@ -288,7 +288,10 @@ def test_wrong_files_are_named(run, tmp_path):
         ),
         (["--network=" + str(tmp_path / "foreign.pkl"), "--trust-pickle"], "no latent_grid"),
         ([f"--from={tmp_path / 'text.json'}", "--pick=1"], "text.json is no result of resample.py"),
-        ([f"--from={tmp_path / 'half.json'}", "--pick=1"], "half.json is damaged: settings, network, network_hash"),
+        (
+            [f"--from={tmp_path / 'half.json'}", "--pick=1"],
+            "half.json is damaged: settings, network, network_hash",
+        ),
         ([f"--from={tmp_path / 'broken.json'}", "--pick=1"], "Cannot read the result"),
         ([f"--from={tmp_path / 'missing'}", "--pick=1"], "missing"),
         ([f"--mask={tmp_path / 'text.json'}"], "--blocks and --mask"),
