@@ -8,7 +8,7 @@ import click
 
 import dnnlib
 from dnnlib.cli import CommaList
-from dnnlib.plugins import PluginError, load_plugins
+from dnnlib.plugins import PluginError, load_plugins, own_class
 from metrics import metric_main
 from training.configs import demo_file, resolve_resume
 
@@ -176,6 +176,7 @@ def dataset_options(o, from_snapshot, G):
         kwargs = dnnlib.EasyDict(class_name=DATASET_CLASS, path=path)
     elif from_snapshot is not None:
         kwargs = dnnlib.EasyDict(from_snapshot)
+        check_dataset_class(kwargs.get("class_name"), o.trust_pickle)
     else:
         raise click.ClickException("Could not look up dataset options; please specify --data")
     kwargs.resolution = G.img_resolution
@@ -183,6 +184,17 @@ def dataset_options(o, from_snapshot, G):
     if o.mirror is not None:
         kwargs.xflip = o.mirror
     return kwargs
+
+
+def check_dataset_class(name, trust):
+    """click.ClickException for a class that the snapshot names and that is not a data set of ours: it would be run."""
+    from training.dataset import Dataset
+
+    if name is not None and not trust and not own_class(name, Dataset):
+        raise click.ClickException(
+            f"--network: its data set is a {str(name)[:80]!r}, which is not one of this program; give --data, or"
+            " --trust-pickle if you trust the file"
+        )
 
 
 def show(args):

@@ -3,13 +3,13 @@
 
 import click
 
-from dnnlib.cli import NumRange, user_errors
+from dnnlib.cli import Finite, NumRange, OutDir, user_errors
 
 FILE = click.Path(exists=True, dir_okay=False)
 COMMON = [
     click.Option(["--network"], metavar="FILE|URL", required=True, help="Network pickle"),
-    click.Option(["--outdir"], metavar="DIR", required=True, help="Where the pictures go"),
-    click.Option(["--trunc"], type=float, default=1, show_default=True,
+    click.Option(["--outdir"], type=OutDir(), metavar="DIR", required=True, help="Where the pictures go"),
+    click.Option(["--trunc"], type=Finite(), default=1, show_default=True,
                  help="Truncation psi: 1 leaves the latents alone, 0 gives the average"),
     click.Option(["--class", "class_idx"], type=int, help="Class of a conditional network"),
     click.Option(["--noise-mode"], type=click.Choice(["const", "random", "none"]), default="const",

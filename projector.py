@@ -6,7 +6,7 @@ import time
 
 import click
 
-from dnnlib.cli import progress, user_errors
+from dnnlib.cli import OutDir, progress, user_errors
 
 FPS = 10
 FILE = click.Path(exists=True, dir_okay=False)
@@ -14,7 +14,7 @@ OPTIONS = [
     click.Option(["--network"], metavar="FILE|URL", required=True, help="Network pickle"),
     click.Option(["--target"], type=FILE, metavar="FILE", required=True,
                  help="The picture; its middle is used, what is transparent counts as white"),
-    click.Option(["--outdir"], metavar="DIR", required=True, help="Where the results go"),
+    click.Option(["--outdir"], type=OutDir(), metavar="DIR", required=True, help="Where the results go"),
     click.Option(["--num-steps"], type=click.IntRange(1), default=1000, show_default=True,
                  help="Steps of the search"),
     click.Option(["--seed"], type=click.IntRange(0, 2**32 - 1), default=303, show_default=True,

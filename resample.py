@@ -6,7 +6,7 @@ import os
 
 import click
 
-from dnnlib.cli import NumRange, user_errors
+from dnnlib.cli import Finite, NumRange, OutDir, user_errors
 from training.configs import demo_file
 
 DEMO_NETWORK = demo_file("lorelei32.pkl")
@@ -39,12 +39,13 @@ OPTIONS = [
     click.Option(["--from", "source"], type=click.Path(exists=True), help="Go on from this .json or folder"),
     click.Option(["--pick"], type=click.IntRange(0), help="Which candidate of --from; 0 is the original"),
     click.Option(["--projected-w"], type=FILE, help="Begin with the ws in this .npz instead of seeds"),
-    click.Option(["--trunc"], type=float, help="Truncation psi  [default: 1]"),
+    click.Option(["--trunc"], type=Finite(), help="Truncation psi  [default: 1]"),
     click.Option(["--noise-mode"], type=click.Choice(["const", "random", "none"]), help="[default: const]"),
     click.Option(["--class", "class_idx"], type=int, help="Class of a conditional network"),
     click.Option(["--trust-pickle"], is_flag=True,
                  help="Run the code that --network holds; only for files that you trust"),
-    click.Option(["--outdir"], metavar="DIR", default="out", show_default=True, help="Parent of the folders"),
+    click.Option(["--outdir"], type=OutDir(), metavar="DIR", default="out", show_default=True,
+                 help="Parent of the folders"),
     click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
                  help="Where to compute: auto takes CUDA where there is one"),
 ]  # fmt: skip

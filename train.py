@@ -9,7 +9,7 @@ import sys
 import click
 
 import dnnlib
-from dnnlib.cli import CommaList
+from dnnlib.cli import CommaList, OutDir
 from dnnlib.plugins import PluginError, load_plugins
 from training import configs
 
@@ -32,7 +32,9 @@ Examples:
 
 GROUPS = {
     "General": {
-        "--outdir": dict(metavar="DIR", help="Where the run directories go; needed for a new run"),
+        "--outdir": dict(
+            type=OutDir(), metavar="DIR", help="Where the run directories go; needed for a new run"
+        ),
         "--gpus": dict(
             type=int,
             metavar="INT",
@@ -257,9 +259,10 @@ def continue_config(run_dir, given):
     path = os.path.join(run_dir, "training_options.json")
     try:
         with open(path, encoding="utf-8") as f:
-            saved = dnnlib.EasyDict(json.load(f))
-    except (OSError, ValueError) as err:
+            saved = json.load(f)
+    except (OSError, ValueError, RecursionError) as err:
         raise configs.ConfigError(f"--resume: cannot read {path}: {err}") from err
+    running.check_saved(saved, path, trust="trust_pickle" in given)
     command = saved.pop("command")
     changed = {k: v for k, v in given.items() if k not in NOT_RUN_OPTIONS and v != command.get(k)}
     fixed = [
@@ -297,7 +300,7 @@ def plan(options, given):
                 " been started (WORLD_SIZE)"
             )
     else:
-        if options["outdir"] is None:
+        if not options["outdir"]:
             raise configs.ConfigError("--outdir is required: where the run directory is to be made")
         if options["resume"] is not None:
             command["resume"] = options["resume"]

@@ -2,6 +2,8 @@
 """What the command lines share: kinds of options, and one line for each mistake. Imports no torch."""
 
 import contextlib
+import math
+import os
 import re
 import sys
 
@@ -43,6 +45,31 @@ class NumRange(click.ParamType):
                 )
             numbers += range(first, last + 1)
         return list(dict.fromkeys(numbers))
+
+
+class OutDir(click.ParamType):
+    """A folder to write to, which need not be there yet."""
+
+    name = "dir"
+
+    def convert(self, value, param, ctx):
+        """The path as given; an empty one and that of a file are mistakes."""
+        if not value:
+            self.fail("the name of the folder is empty.", param, ctx)
+        if os.path.isfile(value):
+            self.fail(f"{value} is a file, not a folder.", param, ctx)
+        return value
+
+
+class Finite(click.types.FloatParamType):
+    """A number, neither infinite nor nan."""
+
+    def convert(self, value, param, ctx):
+        """The number as a float."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
 
 
 @contextlib.contextmanager

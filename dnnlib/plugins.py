@@ -53,6 +53,32 @@ class Registry:
 
 _loaded: dict = {}  # name of a plug-in -> its folder
 
+# Packages here whose names no file may give: they run what they are told to.
+TOOLS = {"dnnlib", "torch_utils"}
+
+
+def own_class(name: object, base: type) -> bool:
+    """Whether a dotted name out of a file is that of a class derived from `base` which this program or a loaded plug-in
+    defines. Imports nothing else, and runs nothing."""
+    package = str(name).partition(".")[0]
+    if not isinstance(name, str) or not _is_own(package):
+        return False
+    try:
+        found = util.get_obj_by_name(name)
+    except (ImportError, AttributeError):
+        return False
+    if not (isinstance(found, type) and issubclass(found, base)):
+        return False
+    home = found.__module__ if found.__module__ != "torch_utils.persistence" else found.__mro__[1].__module__
+    return _is_own(home.partition(".")[0])
+
+
+def _is_own(package: str) -> bool:
+    """Whether this is the name of a package beside dnnlib/, or of a plug-in that is loaded."""
+    root = Path(__file__).resolve().parents[1]
+    beside = package.isidentifier() and package not in TOOLS and any((root / package).glob("*.py"))
+    return beside or package in _loaded
+
 
 def load_plugins(root: str | Path | None = None) -> list:
     """Imports `<x>_ext/plugin.py` of every `<x>_ext` in `root` (default: beside dnnlib/) and calls its

@@ -288,7 +288,8 @@ def copy_files_and_create_dirs(files: list) -> None:
 def open_atomic(path: str | os.PathLike):
     """A binary file that appears under `path` complete or not at all.
 
-    Written under another name in the same folder, then renamed; on an exception nothing is left behind.
+    Written under another name in the same folder, then renamed; on an exception nothing is left behind. An OSError of
+    writing, such as a full disk, names `path`.
     """
     final = Path(path)
     draft = final.with_name(f".{uuid.uuid4().hex}.tmp")
@@ -296,6 +297,10 @@ def open_atomic(path: str | os.PathLike):
         with open(draft, "wb") as file:
             yield file
         os.replace(draft, final)
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(draft)):
+            raise  # not of this file
+        raise OSError(error.errno, error.strerror, str(final)) from error
     finally:
         draft.unlink(missing_ok=True)
 

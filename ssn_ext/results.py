@@ -22,9 +22,27 @@ from typing import Any
 import numpy as np
 
 from dnnlib.util import open_atomic
+from training.generating import read_npz
 
 FORMAT = "ssn-resample/1"
-REQUIRED = ("name", "seed", "settings", "network_hash", "candidates", "files", "history")
+
+
+def _has(value: Any, **kinds: type | tuple) -> bool:
+    """Whether it is a dict with entries of these kinds."""
+    return isinstance(value, dict) and all(isinstance(value.get(k), kind) for k, kind in kinds.items())
+
+
+# What is written where: names become names of files, so that they must not lead elsewhere.
+_FORMS = {
+    "name": lambda v: isinstance(v, str) and re.fullmatch(r"[a-z0-9]{1,40}", v),
+    "seed": lambda v: type(v) is int and 0 <= v < 2**32,
+    "settings": lambda v: _has(v, blocks=list, trunc=(int, float), noise_mode=str) and "class" in v,
+    "network": lambda v: _has(v, source=str),
+    "network_hash": lambda v: isinstance(v, str),
+    "candidates": lambda v: isinstance(v, list) and all(_has(each, donor=int) for each in v),
+    "files": lambda v: _has(v, latents=str) and re.fullmatch(r"[a-z0-9]{1,40}\.npz", v["latents"]),
+    "history": lambda v: isinstance(v, list) and all(_has(step, result=str, pick=int) for step in v),
+}
 
 
 @dataclass(frozen=True)
@@ -64,9 +82,12 @@ def read_record(path: str) -> dict[str, Any]:
         raise ValueError(f"Cannot read the result {path}: {err}") from err
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{path} is no result of resample.py (format {FORMAT!r} is missing)")
-    missing = [key for key in REQUIRED if key not in record]
+    missing = [key for key in _FORMS if key not in record]
     if missing:
         raise ValueError(f"{path} is damaged: {', '.join(missing)} missing")
+    for key, fits in _FORMS.items():
+        if not fits(record[key]):
+            raise ValueError(f"{path} is damaged: {key} is not as resample.py writes it")
     return record
 
 
@@ -79,7 +100,12 @@ def continue_from(path: str, record: dict[str, Any], pick: int) -> Start:
         )
         raise ValueError(f"--pick={pick} is not in {path}: it must be {accepted}")
     folder = os.path.dirname(os.path.abspath(path))
-    arrays = read_arrays(os.path.join(folder, record["files"]["latents"]))
+    path_of_arrays = os.path.join(folder, record["files"]["latents"])
+    arrays = read_npz(path_of_arrays)
+    if "ws" not in arrays or any(len(each) != count + 1 for each in arrays.values() if each.ndim):
+        raise ValueError(
+            f"Cannot read the latents in {path_of_arrays}: {path} has {count} candidates, it has not"
+        )
     step = {
         "blocks": record["settings"]["blocks"] if pick else [],
         "donor": record["candidates"][pick - 1]["donor"] if pick else None,
@@ -93,15 +119,6 @@ def continue_from(path: str, record: dict[str, Any], pick: int) -> Start:
     part = slice(pick, pick + 1)
     z = arrays["z"][part] if "z" in arrays else None
     return Start(record["name"], record["seed"], arrays["ws"][part], z, [*earlier, step])
-
-
-def read_arrays(path: str) -> dict[str, np.ndarray]:
-    """All arrays of an .npz, read without pickle; ValueError, in one line, for anything else."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except Exception as err:  # a damaged archive raises whatever its reader meets first
-        raise ValueError(f"Cannot read the latents in {path}: {err}") from err
 
 
 # Writing.

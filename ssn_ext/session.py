@@ -96,7 +96,8 @@ def make_job(opts: Options, default_network: str) -> Job:
     paths = results.find_results(opts.source) if opts.source else []
     earlier = [(path, results.read_record(path)) for path in paths]
     device = torch.device(choose_device(1, opts.device)[1])
-    source = opts.network or (earlier[0][1]["network"]["source"] if earlier else default_network)
+    source = earlier[0][1]["network"]["source"] if earlier else default_network
+    source = source if opts.network is None else opts.network
     ranked_by = (opts.by or "realism") if opts.best or opts.by else None
     G, D = _load_networks(source, device, opts.trust_pickle, with_D=ranked_by == "realism")
     network_hash = _check_same_network(source, G, earlier)
@@ -244,7 +245,7 @@ def _starts(
 ) -> list[results.Start]:
     """The pictures whose blocks are re-drawn: picks of an earlier call, projected pictures, or seeds."""
     if earlier:
-        return _picked(opts, earlier)
+        return _picked(opts, earlier, G)
     if opts.projected_w:
         ws = generating.read_projected_w(opts.projected_w, G).numpy()
         return [results.Start(f"proj{i:02d}", i, ws[i : i + 1], None, []) for i in range(len(ws))]
@@ -256,14 +257,19 @@ def _starts(
     return starts
 
 
-def _picked(opts: Options, earlier: Earlier) -> list[results.Start]:
+def _picked(opts: Options, earlier: Earlier, G: torch.nn.Module) -> list[results.Start]:
     """The picked candidate of every earlier result, or of those of the given seeds."""
     there = sorted(record["seed"] for _, record in earlier)
     for seed in opts.seeds or []:
         if seed not in there:
             raise ValueError(f"--from={opts.source} has no seed {seed}, only {', '.join(map(str, there))}")
     wanted = [each for each in earlier if not opts.seeds or each[1]["seed"] in opts.seeds]
-    return [results.continue_from(path, record, opts.pick) for path, record in wanted]
+    starts = [results.continue_from(path, record, opts.pick) for path, record in wanted]
+    for start, (path, _record) in zip(starts, wanted, strict=True):
+        wrong_z = start.z is not None and start.z.shape != (1, G.z_dim)
+        if start.ws.shape != (1, G.num_ws, G.w_dim) or wrong_z:
+            raise ValueError(f"The latents of {path} are not those of its network")
+    return starts
 
 
 def _from(opts: Options, paths: list[str]) -> dict[str, Any] | None:

@@ -127,6 +127,24 @@ def records(result):
     return [json.loads(line) for line in result.output.splitlines() if line.startswith('{"results"')]
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["os.system", "antigravity.Dataset", "training.dataset.torch.load", "dnnlib.util.call_func_by_name"],
+)
+def test_a_snapshot_does_not_choose_code(tmp_path, data, networks_of_a_run, name):
+    """Its data set's class would be made: only ours may be."""
+    path = save(tmp_path / "net.pkl", networks_of_a_run, data, func_name="os.abort")
+    content = snapshot.load_network_pkl(path)
+    content["training_set_kwargs"]["class_name"] = name
+    snapshot.save_network_pkl(path, **content)
+    result = call("--network", path, "--metrics=fid5k", "--gpus=0")
+    assert (
+        result.exit_code == 1
+        and f"its data set is a {name!r}, which is not one of this program" in result.output
+    )
+    assert "antigravity" not in sys.modules
+
+
 def test_help_is_instant():
     code = "import sys, runpy; sys.argv = ['calc_metrics.py', '--help']\n"
     code += "try: runpy.run_path('calc_metrics.py', run_name='__main__')\n"

@@ -19,6 +19,7 @@ from ssn_ext.blocks import block_masks, replace_blocks, union_mask
 from ssn_ext.distortion import discriminator_features, masked_emd, masked_features
 from ssn_ext.networks import SpatialGenerator
 from torch_utils.images import read_image, to_uint8, write_png
+from training import generating
 from training.networks import Discriminator, Generator
 from training.snapshot import save_network_pkl
 
@@ -377,6 +378,43 @@ def fails(tmp_path, *args):
     return result.output.strip().splitlines()
 
 
+@pytest.mark.parametrize(
+    "key,value",
+    [("name", "../../elsewhere"), ("name", "a/b"), ("name", 5), ("seed", -1), ("seed", "1"), ("candidates", 7),
+     ("candidates", [None]), ("settings", {}), ("settings", []), ("network", "x"), ("files", {}),
+     ("files", {"latents": "../seed0000.npz"}), ("files", {"latents": "/etc/passwd"}), ("history", {}),
+     ("history", [1])],
+)  # fmt: skip
+def test_results_of_others_lead_nowhere_else(run, tmp_path, key, value):
+    """A name in a result is that of files to be written; everything else has its form, too."""
+    folder, _ = run("--blocks=0", "--candidates=1")
+    path = folder / "seed0000.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    before = sorted(tmp_path.rglob("*"))
+    lines = fails(tmp_path, f"--from={folder}", "--pick=0", "--blocks=1")
+    assert lines[-1] == f"Error: {path} is damaged: {key} is not as resample.py writes it"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_latents_that_are_not_those_of_the_result(run, tmp_path):
+    folder, _ = run("--blocks=0", "--candidates=1")
+    good = latents(folder)
+    for wrong in [
+        dict(ws=np.zeros((2, 3, 4), np.float32)), dict(ws=good["ws"][:1]), dict(z=good["z"]),
+        dict(good, z=np.zeros((2, 5))),
+    ]:  # fmt: skip
+        np.savez(folder / "seed0000.npz", **{k: np.asarray(v) for k, v in wrong.items()})
+        lines = fails(tmp_path, f"--from={folder}", "--pick=0", "--blocks=1")
+        assert lines[-1].startswith(("Error: The latents of", "Error: Cannot read the latents in"))
+
+
+def test_an_archive_that_unpacks_to_much_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(generating, "MOST_LATENTS", 10**6)
+    np.savez_compressed(tmp_path / "bomb.npz", w=np.zeros(10**6, np.float32))
+    assert (tmp_path / "bomb.npz").stat().st_size < 10**5
+    assert "unpacks to 4,000," in fails(tmp_path, "--blocks=0", f"--projected-w={tmp_path / 'bomb.npz'}")[-1]
+
+
 def test_wrong_files_are_named(run, tmp_path):
     half = b'{"format": "ssn-resample/1", "name": "x", "seed": 0}'
     files = {"text.pkl": b"no pickle", "text.json": b"{}", "broken.json": b"{", "half.json": half}
@@ -394,7 +432,10 @@ def test_wrong_files_are_named(run, tmp_path):
         ),
         (["--network=" + str(tmp_path / "foreign.pkl"), "--trust-pickle"], "no latent_grid"),
         ([f"--from={tmp_path / 'text.json'}", "--pick=1"], "text.json is no result of resample.py"),
-        ([f"--from={tmp_path / 'half.json'}", "--pick=1"], "half.json is damaged: settings, network_hash"),
+        (
+            [f"--from={tmp_path / 'half.json'}", "--pick=1"],
+            "half.json is damaged: settings, network, network_hash",
+        ),
         ([f"--from={tmp_path / 'broken.json'}", "--pick=1"], "Cannot read the result"),
         ([f"--from={tmp_path / 'missing'}", "--pick=1"], "missing"),
         ([f"--mask={tmp_path / 'text.json'}"], "--blocks and --mask"),

@@ -733,3 +733,115 @@ def test_nothing_below_the_plugin_names_it():
     ]
     found = [str(f) for f in files if f.is_file() and word.search(f.read_bytes().decode("latin-1"))]
     assert found == []
+
+
+# --- run directories of others ------------------------------------------------------------------------------
+
+
+def saved_run(folder, change):
+    """A run directory with changed options, as --resume takes it."""
+    c, command = train.plan(
+        {
+            **dict.fromkeys(train._name(f) for group in train.GROUPS.values() for f in group),
+            "outdir": str(folder),
+        }
+        | dict(data="demo", cfg="laptop", gpus=0, set=[]),
+        [],
+    )
+    saved = json.loads(json.dumps(dict(c, command=command)))
+    changed = change(saved)
+    run_dir = folder / "00000-run"
+    run_dir.mkdir()
+    (run_dir / "training_options.json").write_text(json.dumps(saved if changed is None else changed))
+    (run_dir / "checkpoint.pt").write_bytes(b"")
+    return run_dir
+
+
+def test_mistakes_in_numbers(tmp_path):
+    """Of options and of --set, each in one line and before anything is made."""
+    for args, message in [
+        (["--gamma=nan"], "loss_kwargs.r1_gamma must be a finite number, not nan"),
+        (["--gamma=inf"], "loss_kwargs.r1_gamma must be a finite number, not inf"),
+        (["--cfg=ssn", "--lambda-d=nan"], "loss_kwargs.lambda_d must be a finite number, not nan"),
+        (["--set=G_opt_kwargs.lr=NaN"], "G_opt_kwargs.lr must be a finite number"),
+        (["--set=D_opt_kwargs.betas=[0,Infinity]"], "D_opt_kwargs.betas.1 must be a finite number"),
+        (["--set=batch_size=null"], "batch_size must be a positive whole number, not None"),
+        (["--set=batch_size=0"], "batch_size must be a positive whole number, not 0"),
+        (["--set=batch_gpu=1.5"], "batch_gpu must be a positive whole number, not 1.5"),
+        (["--set=kimg_per_tick=0"], "kimg_per_tick must be a positive number, not 0"),
+        (["--set=kimg_per_tick=x"], "kimg_per_tick must be a positive number, not x"),
+        (["--set=total_kimg=x"], "--set total_kimg: expected a number in place of 25000, not 'x'"),
+        (["--set=loss_kwargs.r1_gamma=[1]"], "--set loss_kwargs.r1_gamma: expected a number in place of"),
+        (["--set=G_kwargs=5"], "--set G_kwargs: these are class_name, z_dim, w_dim, mapping_kwargs"),
+        (["--set=run_dir=elsewhere"], "--set run_dir: run_dir is not known there"),
+    ]:  # fmt: skip
+        output, status = run(f"--outdir={tmp_path}", "--data=demo", "--gpus=0", "-n", *args)
+        assert status == 2 and message in " ".join(output.split()), (args, output)
+        assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04 no more", b"\x80\x04}."])
+def test_a_resume_file_that_is_no_snapshot_makes_no_run(tmp_path, content):
+    (tmp_path / "net.pkl").write_bytes(content)
+    output, status = run(
+        f"--outdir={tmp_path / 'runs'}", "--data=demo", "--gpus=0", f"--resume={tmp_path / 'net.pkl'}"
+    )
+    assert status == 2 and "net.pkl is not a network snapshot" in " ".join(output.split())
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "outdir,message", [("", "the name of the folder is empty"), ("file", "is a file, not a folder")]
+)
+def test_an_outdir_that_is_none(tmp_path, outdir, message):
+    (tmp_path / "file").write_text("")
+    output, status = run(f"--outdir={tmp_path / outdir if outdir else ''}", "--data=demo", "--gpus=0", "-n")
+    assert status == 2 and message in output
+
+
+def test_options_of_a_run_are_taken(tmp_path):
+    run_dir = saved_run(tmp_path, lambda saved: None)
+    output, status = run(f"--resume={run_dir}", "--dry-run")
+    assert status == 0 and f"Output directory:  {run_dir}" in output
+
+
+@pytest.mark.parametrize(
+    "where", ["training_set_kwargs", "G_kwargs", "D_opt_kwargs", "loss_kwargs", "augment_kwargs"]
+)
+@pytest.mark.parametrize("name", [
+    "os.system", "subprocess.Popen", "training.dataset.os.system", "dnnlib.util.call_func_by_name",
+    "torch_utils.persistence._reconstruct_persistent_obj", "antigravity.x", "training.snapshot.load_network_pkl",
+    "torch.optim.adam.torch.load", "tests.conftest.Path", "", 5, None, ["os.system"],
+])  # fmt: skip
+def test_options_that_name_code_from_elsewhere(tmp_path, where, name):
+    """They are read from a file, which may be anybody's."""
+    run_dir = saved_run(tmp_path, lambda saved: saved[where].update(class_name=name))
+    output, status = run(f"--resume={run_dir}", "--dry-run")
+    assert (
+        status == 2
+        and f"as {where}.class_name, which is neither of this program nor of a plug-in"
+        in " ".join(output.split())
+    )
+    assert "antigravity" not in sys.modules
+
+
+def test_hooks_that_a_run_directory_names(tmp_path):
+    run_dir = saved_run(tmp_path, lambda saved: saved.update(tick_hooks=["shutil.rmtree"]))
+    assert "asks for 'shutil.rmtree' as tick_hooks" in " ".join(
+        run(f"--resume={run_dir}", "--dry-run")[0].split()
+    )
+    assert run(f"--resume={run_dir}", "--trust-pickle", "--dry-run")[1] == 0
+
+
+@pytest.mark.parametrize("change,message", [
+    (lambda saved: [saved], "is not what train.py writes"),
+    (lambda saved: {}, "is not what train.py writes"),
+    (lambda saved: saved.update(more=1), "is not what train.py writes"),
+    (lambda saved: saved.update(total_kimg="all"), "is damaged: total_kimg is not a number"),
+    (lambda saved: saved.update(command=[]), "is damaged: command is not a dict"),
+    (lambda saved: saved.update(G_kwargs="x"), "is damaged: G_kwargs is not a dict"),
+    (lambda saved: saved.update(metrics="fid"), "is damaged: metrics is not a list"),
+])  # fmt: skip
+def test_damaged_options_of_a_run(tmp_path, change, message):
+    output, status = run(f"--resume={saved_run(tmp_path, change)}", "--dry-run")
+    assert status == 2 and message in " ".join(output.split())

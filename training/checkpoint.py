@@ -4,12 +4,12 @@
 
 import json
 import os
-import pickle
 import re
 
 import torch
 
 from dnnlib.util import open_atomic
+from training.formats import torch_file
 
 FILE_NAME = "checkpoint.pt"
 VERSION = 1
@@ -49,9 +49,10 @@ def read(run_dir):
     if not os.path.isfile(path):
         raise CheckpointError(f"no {FILE_NAME} in {run_dir}: nothing to continue from")
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as err:
-        raise CheckpointError(f"{path} cannot be read: {str(err).splitlines()[0]}") from err
+        with open(path, "rb") as f:
+            data = torch_file.load(f)
+    except (OSError, ValueError) as err:
+        raise CheckpointError(f"{path} cannot be read: {err}") from err
     if not isinstance(data, dict) or data.get("version") != VERSION:
         raise CheckpointError(f"{path} is not a checkpoint of version {VERSION}")
     return data["state"]

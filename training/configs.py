@@ -203,6 +203,7 @@ def make_config(opts):
     desc += _plugin_options(opts)
     for assignment in opts.set or []:
         set_option(c, assignment)
+    _check_numbers(c)
     _check_shape(c, opts)
     _check_batch(c)
     order = [name for name in FAMILY_ORDER if name in c] + [name for name in c if name not in FAMILY_ORDER]
@@ -377,6 +378,8 @@ def _resume(c, opts):
         c.resume_trust = True
     if not (dnnlib.util.is_url(c.resume_pkl, allow_file_urls=True) or os.path.isfile(c.resume_pkl)):
         raise ConfigError(f"--resume: {opts.resume} is neither a run directory, a file, nor a URL")
+    if os.path.isfile(c.resume_pkl):
+        _ = opts.source  # a file that is no snapshot ends here, before there is a run directory
     c.ema_rampup = None
     c.setdefault("ada_kimg", 100)
     return [f"resume{opts.resume}" if opts.resume in PUBLISHED else "resumecustom"]
@@ -499,6 +502,28 @@ def _check_shape(c, opts):
             )
 
 
+def _check_numbers(c):
+    """Numbers that are none, and those of the loop that must be positive."""
+    for path, value in _values(c):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"{path} must be a finite number, not {value}")
+    for name in ["total_kimg", "kimg_per_tick", "batch_size", "batch_gpu", "num_gpus"]:
+        whole = name not in ("total_kimg", "kimg_per_tick")
+        value = c.get(name, 1)
+        if not isinstance(value, int if whole else (int, float)) or value <= 0:
+            raise ConfigError(f"{name} must be a positive {'whole ' * whole}number, not {value}")
+
+
+def _values(c, path=""):
+    """(dotted path, value) of all that stands in nested dicts and lists."""
+    items = c.items() if isinstance(c, dict) else enumerate(c)
+    for key, value in items:
+        if isinstance(value, (dict, list)):
+            yield from _values(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
 def _check_batch(c):
     if c.batch_size % c.num_gpus:
         raise ConfigError(
@@ -544,6 +569,13 @@ def set_option(c, assignment):
     known = _known_names(c, parents)
     if last not in known:
         raise ConfigError(f"--set {path}: {last} is not known there; there are {', '.join(sorted(known))}")
+    before = target.get(last)
+    if isinstance(before, dict) and not isinstance(value, dict):
+        raise ConfigError(
+            f"--set {path}: these are {', '.join(before) or 'several'}; set one, as {path}.name=value"
+        )
+    if type(before) in (int, float) and type(value) not in (int, float, type(None)):
+        raise ConfigError(f"--set {path}: expected a number in place of {before}, not {value!r}")
     target[last] = value
 
 
@@ -552,7 +584,12 @@ def _known_names(c, parents):
     if not parents:
         from training.training_loop import DEFAULTS
 
-        return set(DEFAULTS)
+        return set(DEFAULTS) - {
+            "run_dir",
+            "exact_resume",
+            "num_gpus",
+            "device",
+        }  # which have options of their own
     target = c
     for name in parents:
         target = target[name]

@@ -7,6 +7,7 @@ with a grid of latents, whose flat vectors hold all blocks.
 
 import itertools
 import os
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -17,6 +18,7 @@ from training.snapshot import load_network_pkl
 
 PIXELS_AT_A_TIME = 2**22  # four pictures of 1024x1024
 MOST_AT_A_TIME = 32
+MOST_LATENTS = 2**30  # bytes of a file of latents
 
 # ----------------------------------------------------------------------------------------
 # Networks and labels
@@ -75,14 +77,23 @@ def read_projected_w(path: str, G: torch.nn.Module) -> torch.Tensor:
 
     ValueError, in one line, for any other file and for ws of another network's shape. Nothing is unpickled.
     """
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            w = arrays["w"] if "w" in arrays else None
-    except Exception as err:  # a damaged archive raises whatever its reader meets first
-        raise ValueError(f"Cannot read the latents in {path}: {err}") from err
-    if w is None or w.ndim != 3 or w.shape[1:] != (G.num_ws, G.w_dim):
+    w = read_npz(path).get("w")
+    if w is None or w.ndim != 3 or w.shape[1:] != (G.num_ws, G.w_dim) or not len(w) or w.dtype.kind != "f":
         raise ValueError(f"--projected-w={path} must hold 'w' of shape [n, {G.num_ws}, {G.w_dim}]")
     return torch.from_numpy(w.astype(np.float32))
+
+
+def read_npz(path: str) -> dict[str, np.ndarray]:
+    """All arrays of an .npz of latents, read without pickle; ValueError, in one line, for anything else."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > MOST_LATENTS:
+            raise ValueError(f"it unpacks to {size:,} bytes, the most is {MOST_LATENTS:,}")
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as err:  # a damaged archive raises whatever its reader meets first
+        raise ValueError(f"Cannot read the latents in {path}: {' '.join(str(err).split())}") from err
 
 
 def mix_styles(ws: torch.Tensor, styles_from: torch.Tensor, styles: Sequence[int]) -> torch.Tensor:

@@ -234,6 +234,10 @@ class StatsLog(Hook):
 
     warned = False
 
+    def start(self):
+        """Says, as the family does, that what follows is logged."""
+        self.run.say("Initializing logs...")
+
     def tick(self):
         """Collects and appends; says once when gradients were not finite."""
         run = self.run

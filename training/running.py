@@ -5,6 +5,7 @@ learns."""
 import re
 
 import dnnlib
+from dnnlib.plugins import own_class
 from training.configs import ConfigError, Options
 
 FREE_TO_CHANGE = {
@@ -27,6 +28,59 @@ JUDGED = {
     "is": ("higher", [""]),  # the first number, the mean
     "pr": ("higher", ["_precision", "_recall"]),
 }
+
+
+def check_saved(saved, path, trust=False):
+    """ConfigError where what was read from `path` is not the options that a run recorded there, or names code that
+    is neither of this program nor of a plug-in: going on would run it. trust: let them name any code."""
+    from training.training_loop import DEFAULTS
+
+    needed = {"command", "training_set_kwargs", "G_kwargs", "D_kwargs", "total_kimg", "num_gpus", "device"}
+    if not isinstance(saved, dict) or not needed <= set(saved) <= {*DEFAULTS, "command"}:
+        raise ConfigError(f"--resume: {path} is not what train.py writes")
+    defaults = {**DEFAULTS, "command": {}, "augment_kwargs": {}}
+    for key, value in saved.items():
+        kind = type(defaults[key])
+        number = kind in (int, float)
+        fits = type(value) in (int, float) if number else isinstance(value, kind) or kind not in (dict, list)
+        if value is not None and not fits:
+            raise ConfigError(
+                f"--resume: {path} is damaged: {key} is not a {'number' if number else kind.__name__}"
+            )
+    for where, name, base in _named_classes(saved):
+        if not trust and not (own_class(name, base) or _is_optimizer(name, base)):
+            raise ConfigError(
+                f"--resume: {path} asks for {str(name)[:80]!r} as {where}, which is neither of this program nor of a"
+                " plug-in; --trust-pickle runs it, if you trust the file"
+            )
+
+
+def _named_classes(saved):
+    """(where, dotted name, class that it must be derived from) of all code that the options name."""
+    import torch
+
+    from training import dataset, hooks
+
+    bases = dict.fromkeys(["G_kwargs", "D_kwargs", "augment_kwargs"], torch.nn.Module)
+    bases.update(dict.fromkeys(["G_opt_kwargs", "D_opt_kwargs"], torch.optim.Optimizer))
+    bases.update(training_set_kwargs=dataset.Dataset, loss_kwargs=object)
+    for key, base in bases.items():
+        if saved.get(key):
+            yield f"{key}.class_name", saved[key].get("class_name"), base
+    yield from (("tick_hooks", name, hooks.Hook) for name in saved.get("tick_hooks") or [])
+
+
+def _is_optimizer(name, base):
+    """Whether it is one of PyTorch's, and may be."""
+    import torch
+
+    package, _dot, leaf = str(name).rpartition(".")
+    found = (
+        getattr(torch.optim, leaf, None)
+        if package == "torch.optim" and base is torch.optim.Optimizer
+        else None
+    )
+    return isinstance(found, type) and issubclass(found, base)
 
 
 def change_running(c, opts):

@@ -226,6 +226,9 @@ class Run:
         numbers = dict(nimg=0, tick=0, tick_start_nimg=0, seconds=0.0)
         self.counters = checkpoint.Counters(**numbers, num_raw=self.training_set.num_raw)
         self._build_networks()
+        if c.resume_pkl is not None and not c.exact_resume:
+            self._transfer()
+        self._show_networks()
         self._build_training()
         if c.exact_resume:
             self.checkpoint.load(c.run_dir)
@@ -234,8 +237,6 @@ class Run:
                 checkpoint.cut_back_logs(c.run_dir, self.kimg)
             self.say(f"Continuing at {self.kimg:.1f} kimg...")
             self.done = self.counters.nimg >= c.total_kimg * 1000
-        elif c.resume_pkl is not None:
-            self._transfer()
         for module in [self.G, self.D, self.G_ema]:
             distributed.broadcast_module(module)
         self.hooks = [
@@ -310,9 +311,23 @@ class Run:
         self.D = build(**c.D_kwargs, **common).train().requires_grad_(False).to(self.device)
         self.G_ema = copy.deepcopy(self.G).eval()
 
+    @torch.no_grad()
+    def _show_networks(self):
+        """Prints a table of each network. Of G_ema for G: its average of w stays as it is."""
+        if not self.is_main:
+            return
+        n, G = self.c.batch_gpu, self.G_ema
+        z, label = (torch.zeros([n, size], device=self.device) for size in [G.z_dim, G.c_dim])
+        with contextlib.suppress(BrokenPipeError):
+            img = misc.print_module_summary(G, [z, label])
+            misc.print_module_summary(self.D, [img, label])
+
     def _build_training(self):
         c = self.c
         self.augment = self._build_augment()
+        cpu = f", {c.num_gpus} process{'es' * (c.num_gpus > 1)} on the CPU"
+        on_cpu = self.device.type == "cpu"
+        self.say(f"Distributing across {0 if on_cpu else c.num_gpus} GPUs{cpu if on_cpu else ''}...")
         self.loss = dnnlib.util.construct_class_by_name(
             device=self.device,
             G_mapping=self.G.mapping,

@@ -218,6 +218,24 @@ class TestFiles:
             raise RuntimeError("power cut")
         assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x.bin"]
 
+    def test_open_atomic_names_the_file_that_could_not_be_written(self, tmp_path):
+        path = tmp_path / "x.bin"
+        with pytest.raises(OSError) as caught, util.open_atomic(path) as file:
+            file.write(b"half of it")
+            raise OSError(28, "No space left on device")  # as write() does: without a name
+        assert str(caught.value) == f"[Errno 28] No space left on device: '{path}'" and not os.listdir(
+            tmp_path
+        )
+        with pytest.raises(FileNotFoundError, match=r"No such file or directory: '.*missing/y.bin'"):
+            with util.open_atomic(tmp_path / "missing" / "y.bin"):
+                pass
+        other = OSError("of the user's own")
+        with pytest.raises(OSError) as caught, util.open_atomic(path):
+            raise other
+        assert caught.value is other
+        with pytest.raises(FileNotFoundError, match="elsewhere"), util.open_atomic(path):
+            open(tmp_path / "elsewhere")
+
     def test_cache_dir_order(self, monkeypatch):
         for name in ("DNNLIB_CACHE_DIR", "HOME", "USERPROFILE"):
             monkeypatch.delenv(name, raising=False)

@@ -70,6 +70,32 @@ def options(pictures, run_dir, spatial=False, **changes):
     return c
 
 
+def test_what_the_console_says_and_in_what_order(pictures, tmp_path, capsys):
+    """The family's lines; the tables are those of both networks, and cost the run nothing."""
+    c = options(pictures, tmp_path / "a", total_kimg=0.04, image_snapshot_ticks=1)
+    training_loop.training_loop(**c)
+    first = capsys.readouterr().out
+    snapshots = sorted((tmp_path / "a").glob("network-snapshot-*.pkl"))
+    training_stats.load_state_dict({})
+    training_loop.training_loop(**{**c, "run_dir": str(tmp_path / "a")}, resume_pkl=str(snapshots[-1]))
+    second = capsys.readouterr().out
+    for text, resumes in [(first, False), (second, True)]:
+        expected = [
+            "Loading training set...", "Num images:  24", "Image shape: [3, 16, 16]", "Label shape: [2]",
+            "Constructing networks...", 'Resuming from "', "Generator ", "Total", "Discriminator ",
+            "Total", "Setting up augmentation...", "Distributing across 0 GPUs, 1 process on the CPU...",
+            "Setting up training phases...", "Exporting sample images...", "Initializing logs...",
+            "Training for 0.04 kimg...", "tick 0 ", "tick 1 ", "Exiting...",
+        ]  # fmt: skip
+        wanted = [line for line in expected if resumes or not line.startswith("Resuming")]
+        found = [next((w for w in wanted if line.startswith(w)), None) for line in text.splitlines()]
+        assert [line for line in found if line is not None] == wanted
+    total = sum(
+        p.numel() for p in Generator(**snapshot.load_network_pkl(snapshots[-1])["G"].init_kwargs).parameters()
+    )
+    assert f"\nTotal {total}".replace(" ", "") in first.replace(" ", "")
+
+
 def stop_after(monkeypatch, iterations):
     """Makes the run receive a stop request during its `iterations`-th iteration."""
     original = training_loop.Run.iterate

@@ -18,6 +18,7 @@ import dnnlib
 LARGEST_NUMBER = 2**24  # of any whole number among the arguments: sizes, counts, seeds
 LONGEST_LIST = 64
 MOST_VALUES = 1000  # among all arguments of a network
+MOST_TENSORS = 5000  # of a network; one for 1024x1024 has some 300
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -38,7 +39,9 @@ def layout(cls: type, kwargs: Mapping, num_tensors: int) -> torch.nn.Module:
     num_tensors: how many there are to fill it. ValueError where the arguments are not plain values, absurdly large, or
     ask for a network of many more tensors.
     """
-    kwargs = _checked_arguments(cls, kwargs, num_tensors)
+    if num_tensors > MOST_TENSORS:
+        raise ValueError(f"{cls.__name__}: {num_tensors} tensors are too many, the most is {MOST_TENSORS}")
+    kwargs = plain_values(cls.__name__, kwargs, LARGEST_NUMBER, num_tensors)
     count, limit = 0, 2 * num_tensors + 100
 
     def counted(_module, _name, tensor):
@@ -110,15 +113,15 @@ def translated(
     tensor). Filters follow from the arguments and stay as they are. ValueError, of which `what` is the beginning ('...:
     variable'), for one that is missing or of another shape.
     """
-    tensors = {}
-    for name, place in named_tensors(network).items():
-        if name.endswith("resample_filter"):
-            tensors[name] = place
-            continue
-        source, change = counterpart(name)
+    own = named_tensors(network)
+    tensors = {name: place for name, place in own.items() if name.endswith("resample_filter")}
+    sources = {name: counterpart(name) for name in own if name not in tensors}
+    for name, (source, _change) in sources.items():
         if source not in theirs:
-            raise ValueError(f"{what} {source} is missing, expected {list(place.shape)} for {name}")
-        value = _as_tensor(theirs[source], f"{what} {source}")
+            raise ValueError(f"{what} {source} is missing, expected {list(own[name].shape)} for {name}")
+    _check_memory(what.partition(":")[0], [theirs[source] for source, _change in sources.values()])
+    for name, (source, change) in sources.items():
+        place, value = own[name], _as_tensor(theirs[source], f"{what} {source}")
         try:
             tensors[name] = change(value)
         except (IndexError, RuntimeError):  # too few or too many dimensions for its layout
@@ -133,6 +136,10 @@ def translated(
 def _as_tensor(value, what):
     if isinstance(value, torch.Tensor):
         return value.detach()
+    if isinstance(
+        value, float
+    ):  # as np.float32 arrives, which TensorFlow gives for a tensor without dimensions
+        return torch.tensor(value, dtype=torch.float32)
     if isinstance(value, (np.ndarray, np.floating)) and value.dtype.kind == "f":
         return torch.from_numpy(np.array(value, dtype=np.float32))
     raise ValueError(f"{what} is not an array of floats")
@@ -144,58 +151,64 @@ def one_line(err: BaseException) -> str:
     return text if text and isinstance(err, (AssertionError, ValueError)) else f"{type(err).__name__}: {text}"
 
 
-def _checked_arguments(cls, kwargs, num_tensors):
-    """A copy of the arguments in plain Python values; ValueError where one is of another kind or too large."""
+def shown(value: object) -> str:
+    """A value from a file within a message: short text and numbers as they are, of everything else the kind. Costs
+    nothing, however large the value is."""
+    if isinstance(value, str):
+        return repr(value[:80])
+    plain = value is None or isinstance(value, (bool, float))
+    if plain or isinstance(value, int) and value.bit_length() <= 64:
+        return repr(value)
+    return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+
+
+def plain_values(owner: str, kwargs: Mapping, largest: int = 2**63, most_layers: int | None = None) -> dict:
+    """A copy of the arguments in plain Python values; ValueError where one is of another kind or too large.
+
+    owner: whose arguments these are, for messages. largest: of the whole numbers; most_layers: of `num_layers`.
+    """
     count = 0
 
     def copied(name, value, depth):
         nonlocal count
         count += 1
         if count > MOST_VALUES or depth > 8:
-            raise ValueError(f"{cls.__name__} cannot have more than {MOST_VALUES} arguments, nested 8 deep")
+            raise ValueError(f"{owner} cannot have more than {MOST_VALUES} arguments, nested 8 deep")
         if isinstance(value, np.generic):
             value = value.item()  # pickles of NumPy's numbers do not open with every version of it
         if isinstance(value, Mapping):
-            entries = {_argument_name(cls, k): copied(k, v, depth + 1) for k, v in value.items()}
+            entries = {_argument_name(owner, k): copied(k, v, depth + 1) for k, v in value.items()}
             return dnnlib.EasyDict(entries) if isinstance(value, dnnlib.EasyDict) else entries
         if isinstance(value, (list, tuple)):
             if len(value) > LONGEST_LIST:
                 raise ValueError(
-                    f"{cls.__name__}: argument {name} has {len(value)} entries, the most is {LONGEST_LIST}"
+                    f"{owner}: argument {name} has {len(value)} entries, the most is {LONGEST_LIST}"
                 )
             entries = [copied(name, v, depth + 1) for v in value]
             return tuple(entries) if isinstance(value, tuple) else entries
         if isinstance(value, int) and not isinstance(value, bool):
-            most = num_tensors if name == "num_layers" else LARGEST_NUMBER
+            most = largest if most_layers is None or name != "num_layers" else most_layers
             if abs(value) > most:
                 raise ValueError(
-                    f"{cls.__name__}: argument {name} is {_short(value)}, the most for this file is {most}"
+                    f"{owner}: argument {name} is {shown(value)}, the most for this file is {most}"
                 )
         elif not (value is None or isinstance(value, (bool, float, str))):
-            raise ValueError(
-                f"{cls.__name__}: argument {name} is a {type(value).__name__}, not a plain value"
-            )
+            raise ValueError(f"{owner}: argument {name} is a {type(value).__name__}, not a plain value")
         return value
 
-    return {_argument_name(cls, name): copied(name, value, 1) for name, value in kwargs.items()}
+    return {_argument_name(owner, name): copied(name, value, 1) for name, value in kwargs.items()}
 
 
-def _argument_name(cls, name):
+def _argument_name(owner, name):
     if not (isinstance(name, str) and name.isidentifier() and len(name) <= 64):
-        raise ValueError(f"{cls.__name__}: {name!r:.80} is not the name of an argument")
+        raise ValueError(f"{owner}: {shown(name)} is not the name of an argument")
     return name
-
-
-def _short(number):
-    return number if number.bit_length() <= 64 else f"a number of {number.bit_length()} bits"
 
 
 def _check_tensors(owner, own, tensors):
     """ValueError unless the tensors are plain ones of the names and shapes of `own`, and no more memory than they are
     stored in holds them all."""
     wrong = [f"{name} {list(place.shape)} is missing" for name, place in own.items() if name not in tensors]
-    storages = {}
-    total = 0
     for name, tensor in tensors.items():
         if name not in own:
             wrong.append(f"{name!r:.80} is not one of its tensors")
@@ -203,11 +216,26 @@ def _check_tensors(owner, own, tensors):
             wrong.append(f"{name} holds {tensor.dtype}, {tensor.layout} on {tensor.device}, not plain floats")
         elif tensor.shape != own[name].shape:
             wrong.append(f"{name} has shape {list(tensor.shape)}, expected {list(own[name].shape)}")
-        else:
-            storage = tensor.untyped_storage()
-            storages[storage.data_ptr()] = storage.nbytes()
-            total += tensor.numel() * tensor.element_size()
     if wrong:
         raise ValueError(f"{owner}: {len(wrong)} tensors do not fit its arguments: {'; '.join(wrong[:3])}")
-    if total > sum(storages.values()):
+    _check_memory(owner, tensors.values())
+
+
+def _check_memory(owner, values):
+    """ValueError where tensors or arrays are views of less memory than their numbers need."""
+    held = {}
+    total = 0
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, np.ndarray):
+            base = value
+            while isinstance(base, np.ndarray) and base.base is not None:
+                base = base.base
+            held[id(base)] = base.nbytes if hasattr(base, "nbytes") else len(base)
+        else:
+            continue
+        total += value.nbytes
+    if total > sum(held.values()):
         raise ValueError(f"{owner}: its tensors of {total} bytes are views of less memory")

@@ -16,11 +16,12 @@ import torch
 
 import dnnlib
 from training.formats import NETWORKS
-from training.formats.building import build_from_tensors
+from training.formats.building import MOST_TENSORS, build_from_tensors, shown
 from training.formats.safe_pickle import Persistent
 
 VERSION = 6  # of the format of torch_utils.persistence
 MAX_MODULES = 5000
+LONGEST_NAME = 100  # of a part or a tensor
 
 # sha256 of sources that earlier versions of this project put into files, the shipped network's among them
 OUR_EARLIER_SOURCES = {
@@ -49,15 +50,7 @@ def rebuild(found: Persistent, where: str) -> torch.nn.Module:
     modules = _modules(found, where)
     kwargs = _all_by_name(cls, state, where)
     kwargs = _as_ours(name, kwargs, modules)
-    tensors = {
-        f"{path}.{key}".lstrip("."): value
-        for path, each in modules.items()
-        for kind in ("_parameters", "_buffers")
-        for key, value in _dict(each, kind, where).items()
-        if value is not None
-    }
-    if not all(isinstance(value, torch.Tensor) for value in tensors.values()):
-        raise RebuildError(f"{where} holds parameters that are not tensors")
+    tensors = _tensors(modules, where)
     try:
         network = build_from_tensors(cls, kwargs, tensors)
     except ValueError as err:
@@ -71,13 +64,14 @@ def foreign_sources(found: list[Persistent]) -> list[str]:
     ours = {_sha256(text) for text in map(_present_source, NETWORKS.names())} | set(OUR_EARLIER_SOURCES)
     names = {}
     for each in found:
-        if _sha256(each.meta.get("module_src")) not in ours:
-            names[str(each.meta.get("class_name"))] = None
+        source, name = each.meta.get("module_src"), each.meta.get("class_name")
+        if isinstance(source, str) and isinstance(name, str) and _sha256(source) not in ours:
+            names[name[:LONGEST_NAME]] = None
     return list(names)
 
 
 def _sha256(text):
-    return hashlib.sha256(str(text).encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _present_source(name):
@@ -90,7 +84,7 @@ def _checked_meta(found, where):
     meta = found.meta
     if meta.get("type") != "class" or meta.get("version") != VERSION:
         raise RebuildError(
-            f"{where} is of version {meta.get('version')!r:.20} of the format, {VERSION} is known"
+            f"{where} is of version {shown(meta.get('version'))} of the format, {VERSION} is known"
         )
     if not isinstance(meta.get("class_name"), str) or not isinstance(meta.get("state"), dict):
         raise RebuildError(f"{where} has no class name or no state")
@@ -104,6 +98,15 @@ def _dict(state, key, where):
     return value
 
 
+def _named(state, key, where):
+    """(name, value) of all that is there in a dict of parts or tensors."""
+    for name, value in _dict(state, key, where).items():
+        if not isinstance(name, str) or not 0 < len(name) <= LONGEST_NAME:
+            raise RebuildError(f"{where}: {shown(name)} is not the name of a part")
+        if value is not None:
+            yield name, value
+
+
 def _modules(found, where):
     """path -> state of the object and of all its submodules, parents first; '' is the object itself."""
     modules, todo = {}, [("", found)]
@@ -111,11 +114,25 @@ def _modules(found, where):
         path, each = todo.pop()
         _meta, state = _checked_meta(each, f"{where}.{path}".rstrip("."))
         modules[path] = state
-        if len(modules) > MAX_MODULES or path.count(".") > 20:
+        parts = len(modules) + len(todo) + len(_dict(state, "_modules", where))
+        if parts > MAX_MODULES or path.count(".") > 20:
             raise RebuildError(f"{where} has more than {MAX_MODULES} parts, or parts that hold themselves")
-        inner = _dict(state, "_modules", where).items()
-        todo += [(f"{path}.{name}".lstrip("."), value) for name, value in inner if value is not None]
+        todo += [(f"{path}.{name}".lstrip("."), value) for name, value in _named(state, "_modules", where)]
     return modules
+
+
+def _tensors(modules, where):
+    """path -> tensor of all parameters and buffers."""
+    tensors = {}
+    for path, state in modules.items():
+        for kind in ("_parameters", "_buffers"):
+            for name, value in _named(state, kind, where):
+                if not isinstance(value, torch.Tensor):
+                    raise RebuildError(f"{where} holds parameters that are not tensors")
+                tensors[f"{path}.{name}".lstrip(".")] = value
+                if len(tensors) > MOST_TENSORS:
+                    raise RebuildError(f"{where} has more than {MOST_TENSORS} tensors")
+    return tensors
 
 
 # ----------------------------------------------------------------------------------------
@@ -176,14 +193,14 @@ def _num_fp16(modules):
 def _compare_settings(network, modules, where):
     """RebuildError where a plain attribute that both have differs: the result would be another network."""
     for path, state in modules.items():
-        ours = vars(network.get_submodule(path))
-        for key, theirs in state.items():
-            if key.startswith("_") or key == "training" or key not in ours:
+        for key, ours in vars(network.get_submodule(path)).items():
+            if key.startswith("_") or key == "training" or key not in state:
                 continue
-            if _is_plain(theirs) and _is_plain(ours[key]) and not _same(theirs, ours[key]):
+            theirs = state[key]
+            if _is_plain(theirs) and _is_plain(ours) and not _same(theirs, ours):
                 raise RebuildError(
-                    f"{where}{'.' if path else ''}{path}: {key} is {theirs!r:.40} in the file, and our class of that"
-                    f" name makes it {ours[key]!r:.40}"
+                    f"{where}{'.' if path else ''}{path}: {key} is {shown(theirs)} in the file, and our class of that"
+                    f" name makes it {shown(ours)}"
                 )
 
 

@@ -6,10 +6,11 @@ import pickle
 from collections.abc import Collection
 from typing import Any, BinaryIO
 
-from training.formats import persistent, safe_pickle
+from training.formats import persistent, safe_pickle, torch_file
+from training.formats.building import plain_values
 
 NETWORK_KEYS = ["G", "D", "G_ema"]
-LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how torch.save began before it wrote zip files
+MOST_NETWORKS = 16
 TRUST_HINT = "if you trust the file, --trust-pickle (in Python trust=True) runs the code that it holds"
 
 log = logging.getLogger(__name__)
@@ -19,7 +20,7 @@ def kind_of(file: BinaryIO) -> str | None:
     """What a seekable file is, by how it begins: 'checkpoint' (of torch.save), 'safetensors', 'pickle', or None."""
     start = file.read(16)
     file.seek(-len(start), 1)
-    if start.startswith(b"PK\x03\x04") or start.startswith(LEGACY_TORCH):
+    if torch_file.recognises(start):
         return "checkpoint"
     if start[8:9] == b"{":
         return "safetensors"
@@ -74,6 +75,10 @@ def _rebuild_all(data, name, only):
     skipped = [] if only is None else [key for key in [*NETWORK_KEYS, "augment_pipe"] if key not in only]
     data = {key: value for key, value in data.items() if key not in skipped}
     found = {key: value for key, value in data.items() if isinstance(value, safe_pickle.Persistent)}
+    if len(found) > MOST_NETWORKS:
+        raise ValueError(f"it holds {len(found)} networks, the most is {MOST_NETWORKS}")
+    if isinstance(data.get("training_set_kwargs"), dict):
+        data["training_set_kwargs"] = plain_values("training_set_kwargs", data["training_set_kwargs"])
     foreign = persistent.foreign_sources(list(found.values()))
     if foreign:
         log.warning(

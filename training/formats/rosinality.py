@@ -5,7 +5,7 @@ Such a file holds state dicts 'g', 'd', 'g_ema' and, when it was converted from 
 nothing of how its networks are made: that is inferred from the tensors.
 """
 
-import argparse
+import contextlib
 import functools
 import logging
 import re
@@ -15,7 +15,9 @@ from typing import BinaryIO
 import torch
 
 from torch_utils.ops import upfirdn2d
-from training.formats.building import fill, layout, named_tensors, one_line, translated
+from training.formats import torch_file
+from training.formats.building import fill, layout, named_tensors, translated
+from training.formats.known_names import BrokenPickleError, UnsafePickleError
 from training.networks import Discriminator, Generator
 
 FILTER = [1, 3, 3, 1]
@@ -46,15 +48,14 @@ def read_checkpoint(file: str | BinaryIO) -> dict:
     """The contents of a .pt file (a path or an open binary file) of tensors and plain values, on the CPU; runs nothing
     that the file says. ValueError where it holds anything else, or is no such file; OSError where it cannot be read."""
     name = getattr(file, "name", file)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as err:  # reading a wrong file can raise anything
-        refused = re.search(r"GLOBAL (\S+)", str(err))
-        reason = f"it holds {refused[1]}, which is not opened" if refused else one_line(err)
-        raise ValueError(f"{name} is not a checkpoint of tensors and plain values: {reason}") from err
+    with contextlib.ExitStack() as stack:
+        if not hasattr(file, "read"):
+            file = stack.enter_context(open(file, "rb"))
+        try:
+            checkpoint = torch_file.load(file)
+        except (UnsafePickleError, BrokenPickleError) as err:
+            reason = f"it holds {err}, which is not opened" if isinstance(err, UnsafePickleError) else err
+            raise ValueError(f"{name} is not a checkpoint of tensors and plain values: {reason}") from err
     if not isinstance(checkpoint, dict):
         raise ValueError(f"{name} holds a {type(checkpoint).__name__}, expected a dict")
     return checkpoint
@@ -124,7 +125,7 @@ def _check_architecture(key, state, args):
         if name.endswith(".kernel"):
             fits = isinstance(kernel, torch.Tensor) and kernel.shape == expected.shape
             if not fits or not torch.allclose(kernel.float() / kernel.float().sum(), expected, atol=1e-5):
-                raise ValueError(f"{key}: {name} is not the filter {FILTER}")
+                raise ValueError(f"{key}: {name[:80]} is not the filter {FILTER}")
 
 
 def _generator_kwargs(state, key):

@@ -3,95 +3,53 @@
 
 Python's own unpickler imports and calls what a file names. This one is a small machine of its own for the opcodes that
 pickletools (standard library) parses. It knows a few names, those that occur in the family's files, and what stands for
-them is written here; every other name ends the reading. What it returns are plain values, tensors, arrays, and the two
-kinds of objects below.
+them is written in known_names; every other name ends the reading. What it returns are plain values, tensors, arrays,
+and the two kinds of objects Persistent and TFNetwork.
 """
 
+import argparse
 import collections
 import io
-import math
-import pickle
 import pickletools
-import warnings
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
-import numpy as np
-import torch
+from training.formats.known_names import (
+    CLASSES,
+    REDUCERS,
+    Array,
+    BrokenPickleError,
+    DType,
+    Name,
+    Persistent,
+    Storage,
+    TFNetwork,
+    UnsafePickleError,
+    array,
+    as_key,
+    find,
+    name_of,
+)
 
-import dnnlib
+__all__ = ["BrokenPickleError", "Persistent", "TFNetwork", "UnsafePickleError", "read"]
 
-MAX_OPCODES = 10_000_000  # a file of 400 MB with networks has some 100,000
+MAX_OPCODES = 1_000_000  # a file of 400 MB with networks has some 100,000
 MAX_LINE = 4096  # characters of an argument in text form
-DTYPES = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"}  # no objects, no records
+MOST_COPIES = 10  # times the length of the file: all that calls may make of it together
+ENTRY = 16  # bytes that one entry of a container counts
+NESTED_STORAGE = Name("torch.storage", "_load_from_bytes")
 
 
-class UnsafePickleError(ValueError):
-    """A pickle that asks for something that networks do not need. The message names it."""
-
-
-class BrokenPickleError(ValueError):
-    """Data that cannot be read as a pickle."""
-
-
-@dataclass
-class Persistent:
-    """An object that carries the source of its class (torch_utils.persistence); `meta` as in the file."""
-
-    meta: dict
-
-
-@dataclass
-class TFNetwork:
-    """A network of a TensorFlow pickle (dnnlib.tflib.network.Network); its attributes are those of the file."""
-
-
-@dataclass(frozen=True)
-class Name:
-    """A class or function that the file names; it stands for nothing but its name."""
-
-    module: str
-    name: str
-
-    def __str__(self):
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(eq=False)
-class _Array:
-    """A NumPy array until its shape and data arrive; `keys` are its places in the memo."""
-
-    keys: list = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class _Storage:
-    """The memory of a tensor and the kind of its numbers."""
-
-    memory: torch.UntypedStorage
-    dtype: torch.dtype
-
-
-@dataclass
-class _DType:
-    """A NumPy dtype until its byte order arrives."""
-
-    code: str
-    order: str = field(default="=")
-
-    @property
-    def value(self):
-        return np.dtype(self.code).newbyteorder(self.order)
-
-
-def read(file: BinaryIO) -> Any:
+def read(file: BinaryIO, storage_of: Callable[[Any], Storage] | None = None) -> Any:
     """The value of the first pickle in a binary file; the file is left behind it.
 
+    storage_of: what a persistent id stands for, in the files of torch.save; without it there must be none.
     UnsafePickleError for a name it does not know, BrokenPickleError for anything that is not a whole pickle.
     """
-    machine = _Machine()
+    bounded = _Bounded(file)
+    machine = _Machine(storage_of, MOST_COPIES * bounded.length + 10**6)
     try:
-        return machine.run(_Bounded(file))
+        return machine.run(bounded)
     except (UnsafePickleError, BrokenPickleError):
         raise
     except (MemoryError, RecursionError, Exception) as err:
@@ -106,6 +64,7 @@ class _Bounded:
         self.file = file
         start = file.tell()
         self.end = file.seek(0, io.SEEK_END)
+        self.length = self.end - start
         file.seek(start)
         self.tell = file.tell
 
@@ -124,8 +83,12 @@ class _Bounded:
 class _Machine:
     """The stack machine of the pickle protocol. An opcode's method is named after it."""
 
-    def run(self, file):
+    def __init__(self, storage_of, budget):
         self.stack, self.marks, self.memo = [], [], {}
+        self.storage_of = storage_of
+        self.budget = budget  # bytes that calls may still make
+
+    def run(self, file):
         for count, (opcode, argument, _position) in enumerate(pickletools.genops(file)):
             if opcode.name == "STOP":
                 return self.stack.pop()
@@ -180,7 +143,7 @@ class _Machine:
 
     def _put(self, key):
         value = self.memo[int(key)] = self.stack[-1]
-        if isinstance(value, _Array):
+        if isinstance(value, Array):
             value.keys.append(int(key))
 
     _binput = _long_binput = _put
@@ -218,7 +181,7 @@ class _Machine:
 
     def _frozenset(self, _none):
         items = self._since_mark()
-        self.stack.append(frozenset(map(_key, items)))
+        self.stack.append(frozenset(map(as_key, items)))
 
     def _dict(self, _none):
         items = self._since_mark()
@@ -240,7 +203,7 @@ class _Machine:
         items = self._since_mark()
         if type(self.stack[-1]) is not set:
             raise UnsafePickleError(f"adding members to a {type(self.stack[-1]).__name__}")
-        self.stack[-1].update(map(_key, items))
+        self.stack[-1].update(map(as_key, items))
 
     def _setitem(self, _none):
         self._set_items(self._take(2))
@@ -253,43 +216,58 @@ class _Machine:
         if not isinstance(target, dict):
             raise UnsafePickleError(f"setting items of a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_key(key)] = value
+            target[as_key(key)] = value
 
     # --- names and objects
 
     def _global(self, text):
-        self.stack.append(_find(*text.split(" ", 1)))
+        self.stack.append(find(*text.split(" ", 1)))
 
     def _stack_global(self, _none):
-        self.stack.append(_find(*self._take(2)))
+        self.stack.append(find(*self._take(2)))
 
     def _reduce(self, _none):
         function, arguments = self._take(2)
         if type(arguments) is not tuple:
             raise BrokenPickleError("a call without a tuple of arguments")
-        if not isinstance(function, Name) or str(function) not in _REDUCERS:
-            raise UnsafePickleError(f"calling a {_name_of(function)}")
-        self.stack.append(_REDUCERS[str(function)](*arguments))
+        if not isinstance(function, Name) or str(function) not in REDUCERS:
+            raise UnsafePickleError(f"calling a {name_of(function)}")
+        if self.storage_of is not None and function == NESTED_STORAGE:
+            raise UnsafePickleError("a storage within a storage")
+        made = REDUCERS[str(function)](*arguments)
+        self.budget -= _bytes_of(made)
+        if self.budget < 0:
+            raise BrokenPickleError("the same data again and again")
+        self.stack.append(made)
+
+    def _binpersid(self, _none):
+        if self.storage_of is None:
+            raise UnsafePickleError("a persistent id, which networks do not need")
+        self.stack.append(self.storage_of(self.stack.pop()))
 
     def _newobj(self, _none):
         cls, arguments = self._take(2)
-        maker = _CLASSES.get(str(cls)) if isinstance(cls, Name) else None
+        maker = CLASSES.get(str(cls)) if isinstance(cls, Name) else None
         if maker is None or arguments != ():
-            raise UnsafePickleError(f"making a {_name_of(cls)}")
+            raise UnsafePickleError(f"making a {name_of(cls)}")
         self.stack.append(maker())
 
     def _build(self, _none):
         target, state = self._take(2)
         self.stack.append(target)
-        if isinstance(target, TFNetwork) and type(state) is dict:
+        if isinstance(target, (TFNetwork, argparse.Namespace)) and type(state) is dict:
             vars(target).update({str(key): value for key, value in state.items()})
-        elif isinstance(target, _DType) and type(state) is tuple and len(state) >= 2:
-            target.order = {"<": "<", ">": ">", "|": "|", "=": "="}[state[1]]
-        elif isinstance(target, _Array) and type(state) is tuple and len(state) == 5:
-            self.stack[-1] = _array(*state[1:])
+        elif isinstance(target, DType) and type(state) is tuple and len(state) >= 2:
+            if state[1] not in ("<", ">", "|", "="):
+                raise BrokenPickleError("a byte order that is none")
+            target.order = state[1]
+        elif type(target) is collections.OrderedDict and type(state) is dict and [*state] == ["_metadata"]:
+            pass  # what modules add to their state dicts
+        elif isinstance(target, Array) and type(state) is tuple and len(state) == 5:
+            self.stack[-1] = array(*state[1:])
             self.memo.update(dict.fromkeys(target.keys, self.stack[-1]))
         else:
-            raise UnsafePickleError(f"setting the state of a {_name_of(target)}")
+            raise UnsafePickleError(f"setting the state of a {name_of(target)}")
 
 
 _CONSTANTS = {
@@ -308,150 +286,10 @@ _VALUES = {
 }
 
 
-def _key(value):
-    """A key of a dict or a member of a set: plain values only, whose hash takes no time."""
-    if value is not None and type(value) not in (str, int, float, bool, bytes):
-        raise UnsafePickleError(f"a {type(value).__name__} as a key")
-    return value
-
-
-def _name_of(value):
-    return str(value) if isinstance(value, Name) else type(value).__name__
-
-
-# ----------------------------------------------------------------------------------------
-# The names that are known, and what is made of them
-
-
-def _find(module, name):
-    if not (isinstance(module, str) and isinstance(name, str)):
-        raise UnsafePickleError("a name that is not text")
-    found = Name(module, name)
-    if not any(str(found) in known for known in (_REDUCERS, _CLASSES, _INERT)):
-        raise UnsafePickleError(" ".join(str(found).split())[:200])
-    return found
-
-
-def _persistent(meta):
-    if type(meta) is not dict:
-        raise BrokenPickleError("a persistent object without its description")
-    return Persistent(meta)
-
-
-def _ordered_dict(items=()):
-    pairs = [tuple(pair) for pair in items]
-    return collections.OrderedDict((_key(key), value) for key, value in pairs)
-
-
-def _set(items=()):
-    if type(items) not in (list, tuple):
-        raise BrokenPickleError("a set of something else than a list")
-    return set(map(_key, items))
-
-
-def _encode(text, encoding="latin1"):
-    if encoding not in ("latin1", "latin-1"):
-        raise UnsafePickleError(f"text in the encoding {encoding!r:.40}")
-    return text.encode("latin-1")
-
-
-def _dtype(code, _align=False, _copy=True):
-    if code not in DTYPES:
-        raise UnsafePickleError(f"NumPy data of the kind {code!r:.40}")
-    return _DType(code)
-
-
-def _array(shape, dtype, is_fortran, data):
-    if not isinstance(dtype, _DType) or not isinstance(data, (bytes, bytearray)):
-        raise BrokenPickleError("a NumPy array whose data is not bytes")
-    if not all(type(n) is int and n >= 0 for n in shape):
-        raise BrokenPickleError("a NumPy array whose shape is not one")
-    order = "F" if is_fortran else "C"
-    return np.frombuffer(data, dtype.value).reshape(shape, order=order).copy()
-
-
-def _empty_array(cls, _shape, _code):
-    if cls != Name("numpy", "ndarray"):
-        raise UnsafePickleError(f"a NumPy array of the class {_name_of(cls)}")
-    return _Array()
-
-
-def _scalar(dtype, data):
-    if not isinstance(dtype, _DType) or not isinstance(data, bytes):
-        raise BrokenPickleError("a NumPy number whose data is not bytes")
-    (value,) = np.frombuffer(data, dtype.value)
-    return value.item()
-
-
-def _from_buffer(data, dtype, shape, order):
-    return _array(shape, dtype, order == "F", bytes(data))
-
-
-def _storage(data):
-    """A torch storage from its own file format, nested in the pickle."""
-    if not isinstance(data, bytes):
-        raise BrokenPickleError("a torch storage whose data is not bytes")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of files that will be refused
-            storage = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as err:
-        raise UnsafePickleError(
-            f"a torch storage that holds something else ({str(err).splitlines()[0]:.200})"
-        ) from err
-    if not isinstance(storage, torch.storage.TypedStorage):
-        raise UnsafePickleError(f"a torch storage that holds a {type(storage).__name__}")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # "TypedStorage is deprecated": what the files hold
-        return _Storage(storage.untyped(), storage.dtype)
-
-
-def _tensor(storage, offset, size, stride, *_requires_grad_and_hooks):
-    """A view of a storage. Its numbers are all there; that no number serves twice is for the reader to check."""
-    if not isinstance(storage, _Storage):
-        raise BrokenPickleError("a tensor without a storage of numbers")
-    if not all(type(n) is int and 0 <= n < 2**40 for n in [offset, *size, *stride]) or len(size) != len(
-        stride
-    ):
-        raise BrokenPickleError("a tensor whose shape is not one")
-    held = storage.memory.nbytes() // storage.dtype.itemsize
-    if offset + math.prod(size) > held:
-        raise BrokenPickleError(f"a tensor of shape {list(size)} in a storage of {held} numbers")
-    return torch.empty(0, dtype=storage.dtype).set_(storage.memory, offset, tuple(size), tuple(stride))
-
-
-def _parameter(data, _requires_grad=False, _hooks=None, _state=None):
-    if not isinstance(data, torch.Tensor):
-        raise BrokenPickleError("a parameter that is not a tensor")
-    return data
-
-
-_REDUCERS = {
-    "torch_utils.persistence._reconstruct_persistent_obj": _persistent,
-    "collections.OrderedDict": _ordered_dict,
-    "builtins.set": _set,
-    "__builtin__.set": _set,
-    "builtins.bytes": lambda: b"",  # how old protocols write empty ones
-    "__builtin__.bytes": lambda: b"",
-    "_codecs.encode": _encode,
-    "numpy.dtype": _dtype,
-    "torch.storage._load_from_bytes": _storage,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch.Size": lambda items=(): tuple(items),
-}
-for _package in ["numpy.core", "numpy._core"]:
-    _REDUCERS[f"{_package}.multiarray._reconstruct"] = _empty_array
-    _REDUCERS[f"{_package}.multiarray.scalar"] = _scalar
-    _REDUCERS[f"{_package}.numeric._frombuffer"] = _from_buffer
-_CLASSES = {
-    "dnnlib.util.EasyDict": dnnlib.EasyDict,
-    "dnnlib.EasyDict": dnnlib.EasyDict,
-    "collections.OrderedDict": collections.OrderedDict,
-    "dnnlib.tflib.network.Network": TFNetwork,
-}
-_INERT = {
-    "numpy.ndarray",
-    *(f"torch.{name}" for name in ("float16", "bfloat16", "float32", "float64", "uint8")),
-}
+def _bytes_of(made):
+    """Memory that a call has taken, about; views of what is there take none."""
+    if isinstance(made, bytes):
+        return len(made)
+    if isinstance(made, Storage):
+        return made.memory.nbytes()
+    return ENTRY * (1 + len(made)) if isinstance(made, (dict, set, tuple)) else ENTRY

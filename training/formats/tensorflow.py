@@ -11,11 +11,13 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from torch_utils.ops import bias_act
-from training.formats.building import fill, layout, translated
+from training.formats.building import fill, layout, shown, translated
 from training.networks import ARCHITECTURES, Discriminator, Generator
 
 OLDEST_VERSION = 4
 MOST_PARTS = 100
+MOST_VARIABLES = 10000
+LONGEST_NAME = 500  # of a variable, with those of the parts that it is in
 
 # Our argument -> (TensorFlow's, its default). A dot leads into the arguments of a part.
 GENERATOR_KWARGS = {
@@ -169,8 +171,10 @@ def _variables(net, owner):
     waiting = [("", net)]
     for prefix, part in waiting:
         if not _well_formed(part):
-            raise ValueError(f"TensorFlow network {owner}: {prefix or 'it'} is not of the known form")
+            raise ValueError(f"TensorFlow network {owner}: {prefix[:80] or 'it'} is not of the known form")
         found.update({prefix + name: value for name, value in part.variables})
+        if len(prefix) > LONGEST_NAME or len(found) > MOST_VARIABLES:
+            raise ValueError(f"TensorFlow network {owner} has more variables, or longer names, than any")
         waiting += [(f"{prefix}{name}/", component) for name, component in part.components.items()]
         if len(waiting) > MOST_PARTS:  # parts may contain each other
             raise ValueError(f"TensorFlow network {owner} has more than {MOST_PARTS} parts")
@@ -181,10 +185,16 @@ def _well_formed(part):
     variables = getattr(part, "variables", None)
     return (
         isinstance(variables, list)
-        and all(isinstance(v, (tuple, list)) and len(v) == 2 and isinstance(v[0], str) for v in variables)
+        and len(variables) <= MOST_VARIABLES
+        and all(isinstance(v, (tuple, list)) and len(v) == 2 and _is_name(v[0]) for v in variables)
         and isinstance(getattr(part, "components", None), Mapping)
+        and all(map(_is_name, part.components))
         and isinstance(getattr(part, "static_kwargs", None), Mapping)
     )
+
+
+def _is_name(value):
+    return isinstance(value, str) and len(value) <= LONGEST_NAME
 
 
 def _kwargs(net, table):
@@ -193,7 +203,7 @@ def _kwargs(net, table):
     known = WITHOUT_MEANING | {name for name, _default in table.values()}
     for name in theirs:
         if name not in known:
-            raise ValueError(f"Unknown TensorFlow kwarg: {name!r:.80}")
+            raise ValueError(f"Unknown TensorFlow kwarg: {shown(name)}")
     result = {}
     for path, (name, default) in table.items():
         value = theirs.get(name, default)
@@ -202,10 +212,10 @@ def _kwargs(net, table):
         if name == "fmap_base":  # divided by resolution / 2 there, by resolution here
             value = _whole_number(name, value) * 2
         accepted = CHOICES.get(name)
-        if accepted is not None and str(value) not in accepted:
-            raise ValueError(f"TensorFlow kwarg {name} is {value!r:.80}, accepted: {', '.join(accepted)}")
+        if accepted is not None and not (isinstance(value, str) and value in accepted):
+            raise ValueError(f"TensorFlow kwarg {name} is {shown(value)}, accepted: {', '.join(accepted)}")
         if isinstance(value, (np.ndarray, tuple)):
-            value = np.asarray(value).tolist()
+            value = list(value) if isinstance(value, tuple) or value.ndim != 1 else value.tolist()
         *parts, leaf = path.split(".")
         (result.setdefault(parts[0], {}) if parts else result)[leaf] = value
     return result
@@ -214,7 +224,7 @@ def _kwargs(net, table):
 def _whole_number(name, value):
     whole = isinstance(value, (int, np.integer)) or isinstance(value, (float, np.floating)) and value % 1 == 0
     if not whole:  # infinity and NaN are not, either
-        raise ValueError(f"TensorFlow kwarg {name} is {value!r:.80}, not a whole number")
+        raise ValueError(f"TensorFlow kwarg {name} is {shown(value)}, not a whole number")
     return int(value)
 
 

@@ -201,6 +201,20 @@ def test_a_setting_that_our_class_would_not_reproduce(where, setting, value):
     assert setting in text and repr(value) in text and where in text
 
 
+def many_parts(part):
+    """5000 names of parts, all of which are that very same dict again."""
+    inner = part.meta["state"]["_modules"]
+    inner.update({f"part{i}": part for i in range(4000)})
+    return inner
+
+
+def share_tensors(parts):
+    """Gives a thousand parts the same ten thousand tensors."""
+    names = {f"t{i}": torch.ones(1) for i in range(20)}
+    meta = dict(parts["fc0"].meta, state=dict(parts["fc0"].meta["state"], _buffers=names))
+    parts.update({f"part{i}": Meta(meta) for i in range(1000)})
+
+
 HOSTILE = {
     "resolution": at("", lambda s: s["_init_kwargs"].update(img_resolution=2**40)),
     "power": at("", lambda s: s["_init_kwargs"].update(img_resolution=2**20)),
@@ -215,10 +229,28 @@ HOSTILE = {
     "filter": at("", lambda s: s["_init_kwargs"].synthesis_kwargs.update(resample_filter=[1.0] * 10**5)),
     "none": at("", lambda s: s["_init_kwargs"].clear()),
     "nan": at("synthesis", lambda s: s.update(num_ws=float("nan"))),
+    "name": at("", lambda s: s["_modules"].update({"n" * 10**6: s["_modules"]["mapping"]})),
+    "numbers-as-names": at("mapping", lambda s: s["_parameters"].update({5: torch.ones(1)})),
+    "shared-parts": at("", lambda s: s["_modules"].update(many_parts(s["_modules"]["mapping"]))),
+    "shared-tensors": at("", lambda s: share_tensors(s["_modules"]["mapping"].meta["state"]["_modules"])),
     "deep": at(
         "", lambda s: s["_modules"]["mapping"].meta["state"]["_modules"].update(fc0=s["_modules"]["mapping"])
     ),
 }
+
+
+@pytest.mark.parametrize("key", ["version", "class_name", "module_src"])
+def test_descriptions_that_would_take_for_ever_to_print(key):
+    tangled = ()
+    for _ in range(60):
+        tangled = (tangled, tangled)
+    value = foreign(build("plain"))
+    value.meta[key] = tangled
+    found = safe_pickle.read(io.BytesIO(pickle.dumps(value, protocol=4)))
+    assert persistent.foreign_sources([found]) == ([] if key != "version" else ["Generator"])
+    if key != "module_src":
+        with pytest.raises(persistent.RebuildError, match="of version a tuple|no class name"):
+            persistent.rebuild(found, "G")
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -292,6 +324,26 @@ def test_what_is_no_snapshot(tmp_path, content, message):
     (tmp_path / "x.pkl").write_bytes(content)
     with pytest.raises(SnapshotError, match=f"x.pkl is not a network snapshot: .*{message}"):
         load_network_pkl(tmp_path / "x.pkl")
+
+
+def test_data_set_options_are_plain_values(tmp_path, networks):
+    tangled = ["x"]
+    for _ in range(40):
+        tangled = [tangled, tangled]
+    path = tmp_path / "net.pkl"
+    write(path, **networks, training_set_kwargs=dict(path="x", max_size=2**30, more=tangled))
+    with pytest.raises(
+        snapshot.SnapshotError, match="training_set_kwargs cannot have more than 1000 arguments"
+    ):
+        snapshot.load_network_pkl(str(path))
+    write(path, **networks, training_set_kwargs=dict(path="x", max_size=2**30))
+    assert snapshot.load_network_pkl(str(path))["training_set_kwargs"] == dict(path="x", max_size=2**30)
+
+
+def test_more_networks_than_any_file_has(tmp_path, networks):
+    write(tmp_path / "net.pkl", **networks, **{f"x{i}": networks["D"] for i in range(20)})
+    with pytest.raises(snapshot.SnapshotError, match="it holds 24 networks, the most is 16"):
+        snapshot.load_network_pkl(str(tmp_path / "net.pkl"))
 
 
 def test_wrong_kinds_of_what_stands_beside_the_networks(tmp_path, networks):

@@ -276,7 +276,7 @@ def test_code_is_not_run(tmp_path, capsys, zipped):
     path = tmp_path / "bad.pt"
     torch.save(dict(g=Hostile()), path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(
-        ValueError, match=r"bad.pt is not a checkpoint .*: it holds print, which is not opened"
+        ValueError, match=r"bad.pt is not a checkpoint .*: it holds __builtin__.print, which is not opened"
     ) as err:
         rosinality.read_checkpoint(path)
     assert "\n" not in str(err.value) and capsys.readouterr().out == ""

@@ -306,6 +306,63 @@ def test_no_hang_on_values_that_contain_each_other():
             load(b"\x80\x04" + use)
 
 
+def doubled(depth):
+    """Instructions for a list that holds a list twice, which holds a list twice, ..."""
+    return b"]\x94" + b"".join(b"0](h%ch%ce\x94" % (i, i) for i in range(depth))
+
+
+def call(module, name, arguments):
+    return b"\x80\x04" + text(module) + text(name) + b"\x93" + arguments + b"R."
+
+
+PAIRS = b")" + b"2\x86" * 80
+TANGLED = {
+    "dtype": (call("numpy", "dtype", PAIRS + b"\x85"), "NumPy data of the kind a tuple"),
+    "encoding": (call("_codecs", "encode", text("a") + PAIRS + b"\x86"), "text in the encoding a tuple"),
+    "encoding-list": (call("_codecs", "encode", doubled(80) + b"0" + text("a") + b"h\x50\x86"), "encoding a list"),
+    "order": (call("numpy", "dtype", text("f4") + b"\x85")[:-1] + b"(K\x03" + PAIRS + b"tb.", "a byte order"),
+    "dimensions": (tensor_call((2**39,) * 10**5, (0,) * 10**5), "a tensor whose shape is not one"),
+    "array-dimensions": (array_of((1,) * 10**5), "a NumPy array whose shape is not one"),
+    "stride": (tensor_call((2,), (2**31,)), "a tensor of shape .2., stride .2147483648. in a storage of 4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TANGLED)
+def test_no_hang_in_messages_and_checks(name):
+    """What would take for ever to print, to hash or to multiply is only named."""
+    data, message = TANGLED[name]
+    with pytest.raises((BrokenPickleError, UnsafePickleError), match=message) as caught:
+        load(data)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("name", ["encode", "storage", "set", "dict"])
+def test_calls_again_and_again_do_not_multiply_the_data(name):
+    _load, (nested,) = torch.zeros(50_000).__reduce_ex__(4)[1][0].__reduce__()
+    function, argument = {
+        "encode": (b"c_codecs\nencode\n", pickle.dumps("x" * 200_000, 4)[2:-1]),
+        "storage": (b"ctorch.storage\n_load_from_bytes\n", pickle.dumps(nested, 4)[2:-1]),
+        "set": (b"cbuiltins\nset\n", pickle.dumps([*range(50_000)], 4)[2:-1]),
+        "dict": (b"ccollections\nOrderedDict\n", pickle.dumps([(i, 0) for i in range(9_000)], 4)[2:-1]),
+    }[name]
+    assert len(nested) > 200_000
+    data = b"\x80\x04" + argument + b"r\xff\xff\xff\x00" + function + b"r\xfe\xff\xff\x00"
+    data += b"j\xfe\xff\xff\x00j\xff\xff\xff\x00\x85R" * 2000 + b"."
+    tracemalloc.start()
+    try:
+        with pytest.raises(BrokenPickleError, match="the same data again and again"):
+            load(data)
+        assert tracemalloc.get_traced_memory()[1] < 30 * len(data) + 20e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_storages_do_not_hold_storages():
+    inner = b"".join(pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {})) + storage_of(b"x")
+    with pytest.raises(UnsafePickleError, match="a storage within a storage"):
+        load(storage_of(inner))
+
+
 def test_a_flood_of_instructions_ends(monkeypatch):
     monkeypatch.setattr(safe_pickle, "MAX_OPCODES", 1000)
     with pytest.raises(BrokenPickleError, match="more than 1,000 instructions"):
