@@ -278,8 +278,7 @@ def joined() -> Iterator[bool]:
         team.leave()
     except BaseException as err:
         if place.rank == 0 and not team.announced:  # the command itself is wrong, and it says so by itself
-            code = err.code if isinstance(err, SystemExit) else getattr(err, "exit_code", 1)
-            team.leave(code if isinstance(code, int) else 1)
+            team.leave(peers.exit_code(err))
         else:
             team.fail(err)
         raise

@@ -6,6 +6,7 @@ in each of them gives a sign of life now and then and looks for those of the oth
 one in vain, whatever it is doing: a reduction on GPUs would hang until NCCL's own time is up.
 """
 
+import atexit
 import contextlib
 import os
 import pickle
@@ -152,6 +153,7 @@ class Team:
             text = f"process {self.place.rank} has failed ({type(error).__name__}: {first_line(error)})"
             with contextlib.suppress(RuntimeError):
                 self.store.set("failed", text)
+            atexit.register(_exit_now, exit_code(error))
 
     def why_lost(self, error: BaseException) -> str:
         """What is known of a process whose connection broke with this error."""
@@ -159,6 +161,20 @@ class Team:
             if self.store.check(["failed"]):
                 return self.store.get("failed").decode(errors="replace")
         return f"another process has gone ({first_line(error)})"
+
+
+def exit_code(error: BaseException) -> int:
+    """The status that a command ends with after this exception."""
+    code = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", 1)
+    return code if isinstance(code, int) else 1
+
+
+def _exit_now(code):
+    """Ends the process after its last message: threads of a broken group can abort an ordinary end."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 class Watch(threading.Thread):
