@@ -24,6 +24,7 @@ from training.formats.building import build_from_tensors, one_line
 INSTALL = "pip install safetensors"
 VERSION = 1
 KEY = "snapshot"
+LONGEST_HEADER = 2**23  # bytes; those of the largest networks have some 100,000
 NAMES = ("G", "D", "G_ema", "augment_pipe")
 
 
@@ -66,11 +67,14 @@ def load(file):
     safetensors = _safetensors()
     load_plugins()
     content = file.read()
+    length = int.from_bytes(content[:8], "little")
+    if length > LONGEST_HEADER:
+        raise ValueError(f"it is not a safetensors file: a header of {length:,} bytes")
     try:
         tensors = safetensors.torch.load(content)
     except (safetensors.SafetensorError, KeyError) as err:  # KeyError: a type of numbers that torch lacks
         raise ValueError(f"it is not a safetensors file: {one_line(err)}") from err
-    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    header = json.loads(content[8 : 8 + length])
     about = _description(header.get("__metadata__") or {})
     own = {name: {} for name in about["networks"]}
     for key, tensor in tensors.items():

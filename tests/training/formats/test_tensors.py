@@ -290,6 +290,14 @@ def test_files_that_are_not_safetensors(content, tmp_path):
     assert "it is not a safetensors file: " in refused(path)
 
 
+@pytest.mark.parametrize("length", [2**23 + 1, 2**40, 2**63])
+def test_a_header_that_is_too_long(length, tmp_path):
+    """Each of its entries would become an object."""
+    (tmp_path / "x.safetensors").write_bytes(length.to_bytes(8, "little") + b"{}")
+    with pytest.raises(ValueError, match=f"a header of {length:,} bytes"):
+        load(tmp_path / "x.safetensors")
+
+
 def test_tensors_without_a_description(parts, tmp_path):
     path = tmp_path / "net"
     path.write_bytes(safetensors.torch.save(parts[0]))
