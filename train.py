@@ -11,7 +11,7 @@ import click
 import dnnlib
 from dnnlib.cli import CommaList, OutDir
 from dnnlib.plugins import PluginError, load_plugins
-from training import configs
+from training import configs, settings
 
 UserError = configs.ConfigError  # as the family calls it
 
@@ -276,7 +276,7 @@ def continue_config(run_dir, given):
             " to start a new run from its networks, give a snapshot"
         )
     command.update(changed)
-    c = configs.easy(saved)
+    c = settings.easy(saved)
     running.change_running(c, changed)
     return c, command
 
@@ -365,7 +365,7 @@ def worker(rank, c):
 
 def less_memory(c):
     """What to do when the memory was too small for a run."""
-    smaller = configs.smaller_batch_gpu(c)
+    smaller = settings.smaller_batch_gpu(c)
     if smaller is None:
         return "There is one picture at a time already: use smaller networks, smaller pictures or more memory"
     return (

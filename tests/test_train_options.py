@@ -10,7 +10,7 @@ import torch
 import dnnlib
 import train
 from torch_utils import custom_ops, training_stats
-from training import configs, controllers, dataset, phases, snapshot
+from training import controllers, dataset, phases, settings, snapshot
 from training.augment import AugmentPipe
 from training.loss import StyleGAN2Loss
 from training.networks import Discriminator, Generator
@@ -427,12 +427,12 @@ def test_out_of_memory_suggests_smaller_parts(tiny_run, monkeypatch, err):
 def test_smaller_parts_are_allowed_ones(batch, gpus, part, group, expected):
     c = dnnlib.EasyDict(batch_size=batch, num_gpus=gpus, batch_gpu=part)
     c.D_kwargs = dict(epilogue_kwargs=dict(mbstd_group_size=group))
-    smaller = configs.smaller_batch_gpu(c)
+    smaller = settings.smaller_batch_gpu(c)
     assert smaller == expected
     if smaller is None:
         assert train.less_memory(c).startswith("There is one picture at a time already")
     else:
-        configs._check_batch(dnnlib.EasyDict(c, batch_gpu=smaller))
+        settings.check_batch(dnnlib.EasyDict(c, batch_gpu=smaller))
 
 
 def test_gradients_that_are_not_finite_are_counted_and_said_once(tiny_run, monkeypatch):

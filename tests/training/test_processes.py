@@ -22,7 +22,7 @@ import json, os, sys
 import torch
 import dnnlib
 from torch_utils import distributed, misc, training_stats
-from training import configs, training_loop
+from training import settings, training_loop
 
 TOTAL, GROUP = 12, 2  # pictures of a batch, members of a minibatch-std group
 
@@ -38,7 +38,7 @@ def gradients(rank, folder, options):
     """The gradients of every phase after reduction, for given pictures, latents and path-length noise."""
     size = distributed.get_world_size()
     rng = torch.Generator().manual_seed(5)
-    c = training_loop.complete_config(configs.easy(options))
+    c = training_loop.complete_config(settings.easy(options))
     c.update(batch_size=TOTAL, batch_gpu=TOTAL // size, num_gpus=size, augment_kwargs=None, ada_target=None)
     c.G_kwargs.synthesis_kwargs.use_noise = False
     c.D_kwargs.epilogue_kwargs = dnnlib.EasyDict(mbstd_group_size=GROUP)
@@ -74,7 +74,7 @@ def gradients(rank, folder, options):
 
 def train(rank, folder, options):
     """A run, and the same one stopped and continued; what was stopped in one process stops in both."""
-    easy = configs.easy
+    easy = settings.easy
     training_stats.init_multiprocessing(rank, torch.device("cpu"))
     training_loop.AGREE_SECONDS = 0
     ends = {}
