@@ -16,8 +16,9 @@ import torch
 
 import dnnlib
 from torch_utils import custom_ops, distributed, misc, training_stats
-from torch_utils.images import to_float
+from torch_utils.images import save_image_grid, to_float  # noqa: F401 (as below)
 from training import checkpoint, controllers, phases, snapshot
+from training.hooks import setup_snapshot_image_grid  # noqa: F401 (users of the family find it here)
 from training.transfer import coverage_table
 
 CHECKPOINT_SECONDS = 600  # a checkpoint at least this often, whatever --snap says

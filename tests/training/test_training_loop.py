@@ -96,6 +96,15 @@ def test_what_the_console_says_and_in_what_order(pictures, tmp_path, capsys):
     assert f"\nTotal {total}".replace(" ", "") in first.replace(" ", "")
 
 
+def test_grids_by_the_name_that_the_family_has_for_them(pictures, tmp_path):
+    data = dnnlib.util.construct_class_by_name(**options(pictures, tmp_path / "x").training_set_kwargs)
+    size, images, labels = training_loop.setup_snapshot_image_grid(data, random_seed=0)
+    assert size == (32, 32) and images.shape == (1024, 3, 16, 16) and labels.shape == (1024, 2)
+    path = tmp_path / "reals.png"
+    training_loop.save_image_grid(images, path, drange=[0, 255], grid_size=size)
+    assert PIL.Image.open(path).size == (512, 512)
+
+
 def stop_after(monkeypatch, iterations):
     """Makes the run receive a stop request during its `iterations`-th iteration."""
     original = training_loop.Run.iterate
