@@ -102,7 +102,8 @@ def test_grids_by_the_name_that_the_family_has_for_them(pictures, tmp_path):
     assert size == (32, 32) and images.shape == (1024, 3, 16, 16) and labels.shape == (1024, 2)
     path = tmp_path / "reals.png"
     training_loop.save_image_grid(images, path, drange=[0, 255], grid_size=size)
-    assert PIL.Image.open(path).size == (512, 512)
+    with PIL.Image.open(path) as image:
+        assert image.size == (512, 512)
 
 
 def stop_after(monkeypatch, iterations):
