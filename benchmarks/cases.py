@@ -151,7 +151,7 @@ def metrics(settings: Settings) -> list[Case]:
 def resampling(settings: Settings) -> list[Case]:
     """16 candidates for one block of a picture of the demo network."""
     from ssn_ext import resampling as ops
-    from ssn_ext.blocks import map_seed
+    from training.generating import map_seed
     from training.snapshot import load_network_pkl
 
     G = load_network_pkl(os.path.join(DEMO, "lorelei32.pkl"))["G_ema"]

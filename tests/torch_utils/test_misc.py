@@ -267,10 +267,8 @@ def test_kept_memory_comes_back_without_page_faults():
         "if sys.argv[1] == 'keep': assert misc.keep_memory()\n"
         "def work(): return len([torch.ones(2**22 * (1 + i % 3)) for i in range(12)])\n"
         "def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "for _ in range(4): work()\n"
-        "before = faults()\n"
-        "work()\n"
-        "print(faults() - before)\n"
+        "def cost(): before = faults(); work(); return faults() - before\n"
+        "print(min(cost() for _ in range(10)))\n"
     )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, [ROOT, os.environ.get("PYTHONPATH", "")]))
@@ -278,7 +276,7 @@ def test_kept_memory_comes_back_without_page_faults():
         int(subprocess.check_output([sys.executable, "-c", code, how], env=environment))
         for how in ("keep", "")
     ]
-    assert run[0] < 100 < run[1]
+    assert run[0] * 3 < run[1]
 
 
 def test_memory_is_left_to_whoever_set_the_environment(monkeypatch):
