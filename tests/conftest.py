@@ -2,7 +2,11 @@
 """A tiny training run through train.py, in this process."""
 
 import json
+import os
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: before torch counts the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import PIL.Image
