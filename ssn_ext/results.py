@@ -78,7 +78,7 @@ def read_record(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as f:
             record = json.load(f)
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise ValueError(f"Cannot read the result {path}: {err}") from err
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise ValueError(f"{path} is no result of resample.py (format {FORMAT!r} is missing)")

@@ -418,6 +418,7 @@ def test_an_archive_that_unpacks_to_much_more(tmp_path, monkeypatch):
 def test_wrong_files_are_named(run, tmp_path):
     half = b'{"format": "ssn-resample/1", "name": "x", "seed": 0}'
     files = {"text.pkl": b"no pickle", "text.json": b"{}", "broken.json": b"{", "half.json": half}
+    files["deep.json"] = b"[" * 100_000
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     G = Generator(z_dim=4, c_dim=0, w_dim=4, img_resolution=8, img_channels=1)
@@ -437,6 +438,7 @@ def test_wrong_files_are_named(run, tmp_path):
             "half.json is damaged: settings, network, network_hash",
         ),
         ([f"--from={tmp_path / 'broken.json'}", "--pick=1"], "Cannot read the result"),
+        ([f"--from={tmp_path / 'deep.json'}", "--pick=1"], "Cannot read the result"),
         ([f"--from={tmp_path / 'missing'}", "--pick=1"], "missing"),
         ([f"--mask={tmp_path / 'text.json'}"], "--blocks and --mask"),
         ([f"--projected-w={tmp_path / 'text.pkl'}"], "Cannot read the latents"),

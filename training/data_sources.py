@@ -144,7 +144,7 @@ def _read_labels(text: bytes, where: str) -> tuple[dict | None, dict]:
         content = json.loads(text)
         pairs = content.pop("labels", None)
         labels = None if pairs is None else {name.replace("\\", "/"): value for name, value in pairs}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         expected = '{"labels": [["name", label], ...]} or {"labels": null}'
         raise ValueError(f"{where} must read {expected}: {error}") from error
     return labels, content

@@ -19,6 +19,7 @@ except ImportError:
     pyspng = None
 
 LABEL_FILE = "dataset.json"
+MOST_CLASSES = 2**20
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_COLOR_TYPES = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
 PILLOW_FORMATS = {"grey": "L", "RGB": "RGB"}  # the two that a network can be trained on
@@ -260,7 +261,7 @@ class ImageFolderDataset(Dataset):
         try:
             pairs = json.loads(self._read(LABEL_FILE)).get("labels")
             labels = None if pairs is None else {name.replace("\\", "/"): value for name, value in pairs}
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             expected = '{"labels": [["name", label], ...]} or {"labels": null}'
             raise ValueError(f"{where} must read {expected}: {error}") from error
         if labels is None:
@@ -329,4 +330,6 @@ def _label_array(values: list, where: str) -> np.ndarray:
     wrong = labels[(labels < 0) | (labels != np.floor(labels))]
     if wrong.size:
         raise ValueError(f"Classes in {where} must be whole numbers from 0 on, got {wrong[0]}")
+    if labels.max() >= MOST_CLASSES:  # a network has weights for every number below the largest
+        raise ValueError(f"Classes in {where} must be below {MOST_CLASSES:,}, got {labels.max()}")
     return labels.astype(np.int64)

@@ -192,6 +192,8 @@ def test_null_or_missing_labels_mean_none(tmp_path):
     [
         ("{", "dataset.json of .* must read"),
         ("[1, 2]", "dataset.json of .* must read"),
+        ("[" * 100_000, "dataset.json of .* must read"),
+        ('{"labels": [["00000/img00000000.png", 1048576]]}', "must be below 1,048,576, got 1048576"),
         ('{"labels": [1, 2]}', "dataset.json of .* must read"),
         ('{"labels": [["00000/img00000000.png", -1]]}', "whole numbers from 0 on, got -1"),
         ('{"labels": [["00000/img00000000.png", 1.5]]}', "whole numbers from 0 on, got 1.5"),
