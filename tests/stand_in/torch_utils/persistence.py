@@ -18,40 +18,28 @@ def persistent_class(orig_class):
     source = _sources.get(module) or inspect.getsource(module)
     _sources[module], _modules[source] = source, module
 
-    class Decorator(orig_class):
-        _orig_module_src = source
-        _orig_class_name = orig_class.__name__
+    name = orig_class.__name__
 
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self._init_args = copy.deepcopy(args)
-            self._init_kwargs = copy.deepcopy(kwargs)
-            assert orig_class.__name__ in vars(module)
+    def construct(self, *args, **kwargs):
+        given = copy.deepcopy((args, kwargs))
+        orig_class.__init__(self, *args, **kwargs)
+        vars(self).update(zip(("_init_args", "_init_kwargs"), given, strict=True))
+        assert name in vars(module)
 
-        @property
-        def init_args(self):
-            return copy.deepcopy(self._init_args)
+    def reduce(self):
+        found = orig_class.__reduce__(self)
+        if found[0] is _reconstruct_persistent_obj:
+            return found
+        state = found[2] if len(found) > 2 else None
+        meta = dict(type="class", version=6, module_src=source, class_name=name, state=state)
+        return _reconstruct_persistent_obj, (meta,), None
 
-        @property
-        def init_kwargs(self):
-            return dnnlib.EasyDict(copy.deepcopy(self._init_kwargs))
-
-        def __reduce__(self):
-            fields = list(super().__reduce__()) + [None] * 3
-            if fields[0] is not _reconstruct_persistent_obj:
-                meta = dict(
-                    type="class",
-                    version=6,
-                    module_src=source,
-                    class_name=orig_class.__name__,
-                    state=fields[2],
-                )
-                fields[:3] = [_reconstruct_persistent_obj, (meta,), None]
-            return tuple(fields[:3])
-
-    Decorator.__name__ = orig_class.__name__
-    _made.add(Decorator)
-    return Decorator
+    members = dict(__init__=construct, __reduce__=reduce, _orig_module_src=source, _orig_class_name=name)
+    members["init_args"] = property(lambda self: copy.deepcopy(self._init_args))
+    members["init_kwargs"] = property(lambda self: dnnlib.EasyDict(copy.deepcopy(self._init_kwargs)))
+    made = type(name, (orig_class,), members)
+    _made.add(made)
+    return made
 
 
 def is_persistent(obj):
