@@ -81,6 +81,8 @@ class Run:
             folder = os.path.dirname(os.path.abspath(self.snapshot))
             return folder if os.path.isfile(os.path.join(folder, "training_options.json")) else None
         for _number, path in reversed(configs.run_dirs(self.folder)):
+            if not os.path.isfile(os.path.join(path, "training_options.json")):
+                continue  # train.py has just made it
             if os.path.isfile(os.path.join(path, "checkpoint.pt")) or self._final_of(path):
                 return path
         return None

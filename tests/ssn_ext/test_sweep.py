@@ -11,6 +11,7 @@ import PIL.Image
 import pytest
 from click.testing import CliRunner
 
+import dnnlib
 from dnnlib.plugins import load_plugins
 from ssn_ext.sweep import plan, plot, table, work
 from ssn_ext.sweep.__main__ import main
@@ -61,7 +62,10 @@ class Scripts:
                 command=command, batch_size=16, G_kwargs={"latent_grid": [4, 4]} if spatial else {}
             )
             options["loss_kwargs"] = {"lambda_d": float(given["lambda-d"])} if "lambda-d" in given else {}
-            (path / "training_options.json").write_text(json.dumps(options))
+            with dnnlib.util.open_atomic(
+                path / "training_options.json"
+            ) as f:  # as train.py does: others may look
+                f.write(json.dumps(options).encode())
         title = path.parent.name
         if title in self.broken:
             return "Training options: ...\nError: out of memory. Try --batch-gpu=8\n", 1
@@ -635,3 +639,13 @@ def test_two_sweeps_in_one_folder(sweep, tmp_path):
         output = sweep("--images-per-second=50", status=1)
     assert f"Error: --outdir: another sweep, or a training that it began, is at work in {sweep.dir}" in output
     sweep("--images-per-second=50", "--lambda-d=0")
+
+
+def test_a_run_directory_that_was_just_made_is_not_there_yet(sweep):
+    """train.py makes the folder, then writes its options: the status of a sweep may look in between."""
+    sweep("--images-per-second=50", "--dry-run")
+    folder = sweep.dir / "lambda0-seed1" / "00000-set"
+    folder.mkdir(parents=True)
+    assert "lambda0-seed1" in sweep("--images-per-second=50", "--dry-run")
+    sweep("--images-per-second=50")
+    assert (sweep.dir / "lambda0-seed1" / "00001-set" / "training_options.json").is_file()
