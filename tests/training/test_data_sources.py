@@ -243,7 +243,7 @@ def test_a_tar_that_is_none(tmp_path):
 
 def idx(path, array, magic=None):
     header = struct.pack(f">{1 + array.ndim}i", magic or 0x0800 + array.ndim, *array.shape)
-    path.write_bytes(gzip.compress(header + array.tobytes()))
+    path.write_bytes(gzip.compress(header + array.tobytes(), mtime=0))
     return str(path)
 
 
@@ -288,9 +288,9 @@ def bent(data):
     [
         b"",
         b"no gzip",
-        gzip.compress(b"\0\0"),
-        gzip.compress(bytes(1000))[:-5],
-        bent(gzip.compress(DIGITS.tobytes())),
+        gzip.compress(b"\0\0", mtime=0),
+        gzip.compress(bytes(1000), mtime=0)[:-5],
+        bent(gzip.compress(DIGITS.tobytes(), mtime=0)),
     ],
 )
 def test_damaged_mnist_files(tmp_path, data):
