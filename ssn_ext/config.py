@@ -33,6 +33,8 @@ def ssn(c, opts):
     )
     synthesis = c.G_kwargs.synthesis_kwargs = dnnlib.EasyDict(c.G_kwargs.get("synthesis_kwargs", {}))
     if not hasattr((opts.source or {}).get("G_ema"), "latent_grid"):
+        if opts.source is not None:
+            c.new_kind = True
         # a quarter of the widest layer: 128 of 512, and as small a part of a small network
         synthesis.setdefault("encoder_kwargs", dict(channels=max(synthesis.get("channel_max", 512) // 4, 8)))
     if opts.encoder_init:

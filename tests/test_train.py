@@ -513,6 +513,18 @@ def test_spatial_config_takes_its_widths_from_the_source(stylegan2_pkl):
     assert c["resume_pkl"] == str(stylegan2_pkl) and c["ada_kimg"] == 100
 
 
+def test_an_average_that_begins_with_another_kind_of_network_ramps_up(stylegan2_pkl, tmp_path):
+    """G_ema of a StyleGAN2 made spatial has never seen independent blocks: its weights must not stay in the average."""
+    source = snapshot.load_network_pkl(stylegan2_pkl)
+    S = transfer.from_stylegan2(source["G_ema"])
+    snapshot.save_network_pkl(tmp_path / "spatial.pkl", G=S, D=source["D"], G_ema=S)
+    c = plan("--cfg=ssn", f"--resume={stylegan2_pkl}")
+    assert c["ema_rampup"] == 0.05 and "new_kind" not in c
+    assert plan("--cfg=ssn", f"--resume={tmp_path / 'spatial.pkl'}")["ema_rampup"] is None
+    assert plan("--cfg=laptop", f"--resume={stylegan2_pkl}")["ema_rampup"] is None
+    assert "new_kind" not in plan("--cfg=ssn")
+
+
 def test_spatial_config_takes_the_grid_of_a_spatial_source(stylegan2_pkl, tmp_path):
     source = snapshot.load_network_pkl(stylegan2_pkl)
     S = transfer.from_stylegan2(source["G_ema"], latent_grid=[2, 4])
