@@ -43,6 +43,8 @@ def ssn(c, opts):
         synthesis.demodulation = opts.demodulation.replace("-", "_")
     c.loss_kwargs.update(class_name="ssn_ext.loss.DistortionRegularizedLoss")
     c.loss_kwargs.lambda_d = 100.0 if opts.lambda_d is None else opts.lambda_d
+    if opts.lambda_interaction is not None:
+        c.loss_kwargs.lambda_interaction = opts.lambda_interaction
     if opts.dist_blocks:
         c.loss_kwargs.dist_blocks = opts.dist_blocks
     if opts.distortion:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The SSN loss: StyleGAN2's and lambda_d times the distortion regulariser R_D, one more term and one more
-phase."""
+"""The SSN loss: StyleGAN2's, lambda_d times the distortion regulariser R_D, and lambda_interaction times R_I; one more
+term and one more phase."""
 
 import functools
 
@@ -13,46 +13,56 @@ from training.loss import PhaseRow, StyleGAN2Loss
 
 
 class DistortionRegularizedLoss(StyleGAN2Loss):
-    """StyleGAN2's loss + lambda_d * R_D, eq. (2) of the SSN paper divided by B (B - 1).
+    """StyleGAN2's loss + lambda_d * R_D, eq. (2) of the SSN paper divided by B (B - 1), + lambda_interaction * R_I.
 
     R_D = E sum_a sum_{b != a} MSE(g(z)_b, g(z^a)_b) / (B (B - 1)) over pictures in [-1, 1] that are not
     clamped, where z^a is z with block a drawn anew; of several grids, the mean of each one's R_D. It is
     estimated without bias: per sample one uniform block a (dist_blocks of them, averaged), the same noise in
     both pictures, no style mixing. The phase runs every dist_interval iterations on 1/dist_batch_shrink of the
-    batch, weighted by the interval; at lambda_d = 0 there is no such phase. `distortion` names what stands in the
+    batch, weighted by the interval; where both weights are 0 there is no such phase. `distortion` names what stands in the
     MSE's place (ssn_ext.distortion): 'mse', 'emd', or 'features', which are those of D as it is at that step: no
     other network has to be had, and a checkpoint and all processes hold it anyway. D sees both pictures without
     augmentation and is not trained by it.
+
+    R_I is the part of a re-drawn block's change that hangs on the other blocks (estimate_interaction, docs/limit.md): what
+    R_D could be spared without losing any covariance. Where it is weighed, the phase makes four pictures for a latent
+    instead of two, and both of their pairs estimate R_D.
     """
 
     TERMS = {**StyleGAN2Loss.TERMS, "Gdist": ["distortion"]}
 
     def __init__(
         self, *args, lambda_d=100, dist_interval=4, dist_batch_shrink=2, dist_blocks=1,
-        distortion="mse", **kwargs,
+        distortion="mse", lambda_interaction=0, **kwargs,
     ):  # fmt: skip
         super().__init__(*args, **kwargs)
-        self.lambda_d = lambda_d
+        self.lambda_d, self.lambda_interaction = lambda_d, lambda_interaction
         self.dist_interval = dist_interval
         self.dist_batch_shrink = dist_batch_shrink
         self.dist_blocks = dist_blocks
         self.measure = choose_distortion(distortion, grids.grids_of(self.G_synthesis), self.D)
 
     def phase_rows(self, G_reg_interval=4, D_reg_interval=16):
-        """StyleGAN2's phases and, unless lambda_d is 0, Gdist after the other phases of G."""
+        """StyleGAN2's phases and, unless both weights are 0, Gdist after the other phases of G."""
         rows = super().phase_rows(G_reg_interval, D_reg_interval)
-        if self.lambda_d != 0 and grids.grids_with_outside(grids.grids_of(self.G_synthesis)):
+        if (self.lambda_d or self.lambda_interaction) and grids.grids_with_outside(grids.grids_of(self.G_synthesis)):
             after = sum(row.net == "G" for row in rows)
             rows.insert(after, PhaseRow("Gdist", "G", self.dist_interval))
         return rows
 
     def distortion(self, batch):
-        """lambda_d * the estimate of R_D, [N']."""
+        """lambda_d * the estimate of R_D + lambda_interaction * that of R_I, [N']."""
         size = max(batch.gen_z.shape[0] // self.dist_batch_shrink, 1)
-        z, c = batch.gen_z[:size], batch.gen_c[:size]
-        value = estimate_distortion(self.G_mapping, self.G_synthesis, z, c, self.dist_blocks, self.measure)
+        given = self.G_mapping, self.G_synthesis, batch.gen_z[:size], batch.gen_c[:size], self.dist_blocks
+        if self.lambda_interaction:
+            value, interaction = estimate_interaction(*given, self.measure)
+            training_stats.report("Loss/interaction", interaction)
+            weighted = value * self.lambda_d + interaction * self.lambda_interaction
+        else:
+            value = estimate_distortion(*given, self.measure)
+            weighted = value * self.lambda_d
         training_stats.report("Loss/distortion", value)
-        return training_stats.report("Loss/G/dist", value * self.lambda_d)
+        return training_stats.report("Loss/G/dist", weighted)
 
 
 def choose_distortion(name, grid, D):
@@ -78,6 +88,38 @@ def estimate_distortion(G_mapping, G_synthesis, z, c, num_blocks=1, measure=dist
         after = noise.run(G_synthesis, blocks.replace_blocks(ws, other, block, grid))
         total = total + measure(before, after, ~masks[block])
     return total / num_blocks
+
+
+def estimate_interaction(G_mapping, G_synthesis, z, c, num_blocks=1, measure=distortion.masked_mse):
+    """One unbiased draw each of R_D and R_I per sample -> ([N], [N]).
+
+    With a random block a, z_a and z'_a two draws of it, r and r' two draws of all others (of all grids),
+
+        R_I = 1/2 E mean over all values of ( g(z_a, r) - g(z'_a, r) - g(z_a, r') + g(z'_a, r') )^2
+
+    It is the part of the mean squared change, inside and outside, that depends on r: in the Hoeffding parts of
+    docs/limit.md 2 / B * sum of |S| tr C_S over the sets S of two blocks or more, by the number of values. R_D is the
+    mean of its estimates at r and at r'. `num_blocks` draws of (a, z'_a) are averaged; all pictures share one noise,
+    which is drawn after a, z' and r'. z [N, z_dim]; measure as in estimate_distortion.
+    """
+    grid = grids.grids_of(G_synthesis)
+    ws = G_mapping(z, c, skip_w_avg_update=True)
+    picks = grids.random_blocks(grid, [num_blocks, z.shape[0]], device=z.device)
+    *fresh, others = (G_mapping(torch.randn_like(z), c, skip_w_avg_update=True) for _ in range(num_blocks + 1))
+    noise = NoiseReplay(z.device)
+    before = noise.run(G_synthesis, ws)
+    masks = blocks.block_masks(grid, before.shape[2:], device=before.device)  # [B, H, W]
+    totals = [0, 0]
+    for block, other in zip(picks, fresh, strict=True):
+        pictures = [before]
+        for around, own in [(ws, other), (others, ws), (others, other)]:
+            pictures.append(noise.run(G_synthesis, blocks.replace_blocks(around, own, block, grid)))
+        first, first_edited, second, second_edited = pictures
+        outside = measure(first, first_edited, ~masks[block]) + measure(second, second_edited, ~masks[block])
+        difference = (first - first_edited) - (second - second_edited)
+        outside, interaction = outside / 2, difference.square().mean(dim=[1, 2, 3]) / 2
+        totals = [totals[0] + outside, totals[1] + interaction]
+    return totals[0] / num_blocks, totals[1] / num_blocks
 
 
 class BlockPathLengthLoss(DistortionRegularizedLoss):

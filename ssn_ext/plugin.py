@@ -32,6 +32,15 @@ def register():
         **group,
     )
     add_option(
+        "--lambda-interaction",
+        desc="interaction{:g}",
+        type=click.FloatRange(min=0),
+        metavar="FLOAT",
+        help="Weight of what a re-drawn block's change owes to the other blocks: more efficient edits at no price in"
+        " covariance; the regulariser takes twice the time  [default: 0]",
+        **group,
+    )
+    add_option(
         "--distortion",
         desc="{}",
         type=click.Choice(["mse", "features", "emd"]),

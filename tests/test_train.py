@@ -502,6 +502,13 @@ def test_distortion_reaches_the_loss(name):
     assert "distortion" not in plan("--cfg=ssn")["loss_kwargs"]  # as before there was a choice
 
 
+def test_the_weight_of_interactions_reaches_the_loss():
+    assert plan("--cfg=ssn", "--lambda-interaction=5")["loss_kwargs"]["lambda_interaction"] == 5
+    assert "lambda_interaction" not in plan("--cfg=ssn")["loss_kwargs"]
+    assert "--lambda-interaction has no use with --cfg=auto; it goes with ssn, spade" in error("--lambda-interaction=5")
+    assert "not in the range x>=0" in error("--cfg=ssn", "--lambda-interaction=-1")
+
+
 def test_spatial_config_takes_its_widths_from_the_source(stylegan2_pkl):
     c = plan("--cfg=ssn", f"--resume={stylegan2_pkl}", "--lambda-d=7")
     G = c["G_kwargs"]
