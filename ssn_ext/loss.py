@@ -19,13 +19,13 @@ class DistortionRegularizedLoss(StyleGAN2Loss):
     clamped, where z^a is z with block a drawn anew; of several grids, the mean of each one's R_D. It is
     estimated without bias: per sample one uniform block a (dist_blocks of them, averaged), the same noise in
     both pictures, no style mixing. The phase runs every dist_interval iterations on 1/dist_batch_shrink of the
-    batch, weighted by the interval; where both weights are 0 there is no such phase. `distortion` names what stands in the
-    MSE's place (ssn_ext.distortion): 'mse', 'emd', or 'features', which are those of D as it is at that step: no
+    batch, weighted by the interval; where both weights are 0 there is no such phase. `distortion` names what stands
+    in the MSE's place (ssn_ext.distortion): 'mse', 'emd', or 'features', which are those of D as it is at that step: no
     other network has to be had, and a checkpoint and all processes hold it anyway. D sees both pictures without
     augmentation and is not trained by it.
 
-    R_I is the part of a re-drawn block's change that hangs on the other blocks (estimate_interaction, docs/limit.md): what
-    R_D could be spared without losing any covariance. Where it is weighed, the phase makes four pictures for a latent
+    R_I is the part of a re-drawn block's change that hangs on the other blocks (estimate_interaction, docs/limit.md):
+    what R_D could be spared without losing any covariance. Where it is weighed, the phase makes four pictures for a latent
     instead of two, and both of their pairs estimate R_D.
     """
 
@@ -45,7 +45,9 @@ class DistortionRegularizedLoss(StyleGAN2Loss):
     def phase_rows(self, G_reg_interval=4, D_reg_interval=16):
         """StyleGAN2's phases and, unless both weights are 0, Gdist after the other phases of G."""
         rows = super().phase_rows(G_reg_interval, D_reg_interval)
-        if (self.lambda_d or self.lambda_interaction) and grids.grids_with_outside(grids.grids_of(self.G_synthesis)):
+        if (self.lambda_d or self.lambda_interaction) and grids.grids_with_outside(
+            grids.grids_of(self.G_synthesis)
+        ):
             after = sum(row.net == "G" for row in rows)
             rows.insert(after, PhaseRow("Gdist", "G", self.dist_interval))
         return rows
@@ -105,7 +107,9 @@ def estimate_interaction(G_mapping, G_synthesis, z, c, num_blocks=1, measure=dis
     grid = grids.grids_of(G_synthesis)
     ws = G_mapping(z, c, skip_w_avg_update=True)
     picks = grids.random_blocks(grid, [num_blocks, z.shape[0]], device=z.device)
-    *fresh, others = (G_mapping(torch.randn_like(z), c, skip_w_avg_update=True) for _ in range(num_blocks + 1))
+    *fresh, others = (
+        G_mapping(torch.randn_like(z), c, skip_w_avg_update=True) for _ in range(num_blocks + 1)
+    )
     noise = NoiseReplay(z.device)
     before = noise.run(G_synthesis, ws)
     masks = blocks.block_masks(grid, before.shape[2:], device=before.device)  # [B, H, W]

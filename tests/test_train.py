@@ -505,7 +505,9 @@ def test_distortion_reaches_the_loss(name):
 def test_the_weight_of_interactions_reaches_the_loss():
     assert plan("--cfg=ssn", "--lambda-interaction=5")["loss_kwargs"]["lambda_interaction"] == 5
     assert "lambda_interaction" not in plan("--cfg=ssn")["loss_kwargs"]
-    assert "--lambda-interaction has no use with --cfg=auto; it goes with ssn, spade" in error("--lambda-interaction=5")
+    assert "--lambda-interaction has no use with --cfg=auto; it goes with ssn, spade" in error(
+        "--lambda-interaction=5"
+    )
     assert "not in the range x>=0" in error("--cfg=ssn", "--lambda-interaction=-1")
 
 

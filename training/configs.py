@@ -374,7 +374,9 @@ def _resume(c, opts):
         raise ConfigError(f"--resume: {opts.resume} is neither a run directory, a file, nor a URL")
     if os.path.isfile(c.resume_pkl):
         _ = opts.source  # a file that is no snapshot ends here, before there is a run directory
-    if not c.pop("new_kind", False):  # the average goes on; of networks of another kind it leaves the start behind
+    if not c.pop(
+        "new_kind", False
+    ):  # the average goes on; of networks of another kind it leaves the start behind
         c.ema_rampup = None
     c.setdefault("ada_kimg", 100)
     return [f"resume{opts.resume}" if opts.resume in PUBLISHED else "resumecustom"]

@@ -132,7 +132,9 @@ class Polynomial:
         masks = blocks.block_masks([2, 2], [4, 4])
         parts = [({a}, self.A[a]) for a in range(4)] + [({0, 1}, self.P), ({0, 1, 3}, self.Q)]
         outside = sum(2 * part[~masks[a]].square().mean() for names, part in parts for a in names) / 4
-        interaction = sum(len(names) * part.square().mean() for names, part in parts if len(names) > 1) * 2 / 4
+        interaction = (
+            sum(len(names) * part.square().mean() for names, part in parts if len(names) > 1) * 2 / 4
+        )
         return float(outside), float(interaction)
 
 
@@ -174,7 +176,10 @@ def test_interaction_is_a_term_of_the_loss():
     S.requires_grad_(True)
     ours.accumulate_gradients("Gdist", *batch)
     S.requires_grad_(False)
-    assert all(p.grad is None for p in D.parameters()) and float(S.synthesis.b8.conv0.weight.grad.abs().max()) > 0
+    assert (
+        all(p.grad is None for p in D.parameters())
+        and float(S.synthesis.b8.conv0.weight.grad.abs().max()) > 0
+    )
 
 
 def losses(lambda_d, grid=(4, 4)):
