@@ -25,8 +25,8 @@ class DistortionRegularizedLoss(StyleGAN2Loss):
     augmentation and is not trained by it.
 
     R_I is the part of a re-drawn block's change that hangs on the other blocks (estimate_interaction, docs/limit.md):
-    what R_D could be spared without losing any covariance. Where it is weighed, the phase makes four pictures for a latent
-    instead of two, and both of their pairs estimate R_D.
+    what R_D could be spared without losing any covariance. Where it is weighed, the phase makes four pictures for a
+    latent instead of two, and both of their pairs estimate R_D.
     """
 
     TERMS = {**StyleGAN2Loss.TERMS, "Gdist": ["distortion"]}
