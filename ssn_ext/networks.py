@@ -450,34 +450,34 @@ class SpatialSynthesisLayer(torch.nn.Module):
             self.noise_strength = torch.nn.Parameter(torch.zeros([]))
         self.bias = torch.nn.Parameter(torch.zeros([out_channels]))
 
-    def _noise(self, x, mode):
+    def _noise(self, x, mode, copies=1):
         if mode == "none" or not self.use_noise:
             return None
         if mode == "const":
             return self.noise_const * self.noise_strength  # [H,W]
-        return torch.randn([x.shape[0], 1] + self.shape, device=x.device) * self.noise_strength
+        noise = torch.randn([x.shape[0] // copies, 1] + self.shape, device=x.device) * self.noise_strength
+        return noise if copies == 1 else noise.repeat(copies, 1, 1, 1)
 
-    def forward(self, x, w, e, noise_mode="random", gain=1):
+    def forward(self, x, w, e, noise_mode="random", gain=1, noise_copies=1):
         """x [N,I,H/up,W/up], w [N,C,h,w], e [N,E,H',W'] or None -> [N,O,H,W]. noise_mode: 'random', 'const',
-        'none'."""
+        'none'. noise_copies: so many parts of the batch have the same random noise."""
         assert noise_mode in ("random", "const", "none"), noise_mode
         shape = [side // self.up for side in self.shape]
         misc.assert_shape(x, [None, self.weight.shape[1]] + shape)
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
-        grids = style_grids(self.affine, self.encoder_style, w, e)
+        grids, noise = style_grids(self.affine, self.encoder_style, w, e), self._noise(x, noise_mode, noise_copies)
         fast = own_kernels is not None and own_kernels.pays(x, self.weight, self.up, self.activation)
         if fast and self.demodulation in (None, "circular"):
             return own_kernels.spatial_layer(
-                x, self.weight, grids, self.demodulation is not None,
-                self._noise(x, noise_mode), self.bias, up=self.up, padding=self.padding,
+                x, self.weight, grids, self.demodulation is not None, noise, self.bias, up=self.up, padding=self.padding,
                 resample_filter=self.resample_filter, flip_weight=self.up == 1, act=self.activation,
                 gain=self.act_gain * gain, clamp=clamp,
             )  # fmt: skip
         known = self.demodulation == "circular" and _is_small(grids)
         x = spatially_modulated_conv2d(
-            x, self.weight, sum_of_maps(grids, *shape), noise=self._noise(x, noise_mode),
-            up=self.up, padding=self.padding, resample_filter=self.resample_filter, demodulation=self.demodulation,
-            flip_weight=self.up == 1, energy=mean_square(grids, *shape) if known else None,
+            x, self.weight, sum_of_maps(grids, *shape), noise=noise, up=self.up, padding=self.padding,
+            resample_filter=self.resample_filter, demodulation=self.demodulation, flip_weight=self.up == 1,
+            energy=mean_square(grids, *shape) if known else None,
         )  # fmt: skip
         return bias_act.bias_act(
             x, self.bias.to(x.dtype), act=self.activation, gain=self.act_gain * gain, clamp=clamp
@@ -685,9 +685,12 @@ class SpatialSynthesisNetwork(torch.nn.Module):
             maps.append(own.reshape([own.shape[0], -1] + grid))
         return maps
 
-    def forward(self, ws, noise_mode="random", force_fp32=False, fused_modconv=None):
+    shares_noise = True  # forward knows noise_copies
+
+    def forward(self, ws, noise_mode="random", force_fp32=False, fused_modconv=None, noise_copies=1):
         """ws [N,num_ws,w_dim] -> float32 [N,img_channels,H,W]. `fused_modconv` is accepted and has no meaning
-        here: a style that varies in space cannot be folded into the weights."""
+        here: a style that varies in space cannot be folded into the weights. noise_copies: the N samples are so
+        many parts of equal size, all of which get the random noise that the first would get alone."""
         misc.assert_shape(ws, [None, self.num_ws, self.w_dim])
         ws = self._maps(ws.to(torch.float32))
         x = img = e = None
@@ -695,7 +698,9 @@ class SpatialSynthesisNetwork(torch.nn.Module):
         for res in self.block_resolutions:
             block = getattr(self, "b%d" % res)
             own = ws[first : first + block.num_conv + block.num_torgb]
-            x, img, e = block(x, img, e, own, noise_mode=noise_mode, force_fp32=force_fp32)
+            x, img, e = block(
+                x, img, e, own, noise_mode=noise_mode, force_fp32=force_fp32, noise_copies=noise_copies
+            )
             first += block.num_conv
         return img
 
