@@ -410,10 +410,11 @@ def style_map(affine, correction, w, e, shape):
 
 
 def style_grids(affine, correction, w, e):
-    """The small maps whose resized sum `style_map` is: one or two of [N,I,h,w]."""
+    """The small maps whose resized sum `style_map` is: one or two of [N,I,h,w]. Two of one size are their sum."""
     if correction is None:
         return [affine(w if e is None else e)]
-    return [affine(w), correction(e)]
+    direct, corrected = affine(w), correction(e)
+    return [direct + corrected] if direct.shape == corrected.shape else [direct, corrected]
 
 
 def _correction(encoder_init, channels, in_channels):
