@@ -82,14 +82,10 @@ def estimate_distortion(G_mapping, G_synthesis, z, c, num_blocks=1, measure=dist
     ws = G_mapping(z, c, skip_w_avg_update=True)
     picks = grids.random_blocks(grid, [num_blocks, z.shape[0]], device=z.device)
     fresh = [G_mapping(torch.randn_like(z), c, skip_w_avg_update=True) for _ in range(num_blocks)]
-    noise = NoiseReplay(z.device)
-    before = noise.run(G_synthesis, ws)
+    edited = [blocks.replace_blocks(ws, w, block, grid) for block, w in zip(picks, fresh, strict=True)]
+    before, *after = synthesize_alike(G_synthesis, [ws, *edited])
     masks = blocks.block_masks(grid, before.shape[2:], device=before.device)  # [B, H, W]
-    total = 0
-    for block, other in zip(picks, fresh, strict=True):
-        after = noise.run(G_synthesis, blocks.replace_blocks(ws, other, block, grid))
-        total = total + measure(before, after, ~masks[block])
-    return total / num_blocks
+    return sum(measure(before, img, ~masks[block]) for block, img in zip(picks, after, strict=True)) / num_blocks
 
 
 def estimate_interaction(G_mapping, G_synthesis, z, c, num_blocks=1, measure=distortion.masked_mse):
@@ -188,6 +184,15 @@ def block_path_lengths(img, ws, grid, beta):
     by_block = jacobian.reshape(count, ws.shape[1], -1, num_blocks)  # [N, num_ws, C, B]
     own = by_block[torch.arange(count, device=img.device), :, :, picks]  # [N, num_ws, C]
     return own.square().sum(dim=2).mean(dim=1).sqrt()
+
+
+def synthesize_alike(G_synthesis, ws):
+    """Pictures of each ws of a list, all with the same noise: of one large batch where the network can do that
+    (`shares_noise`; not where a batch's samples act on each other), which costs less than several batches."""
+    if getattr(G_synthesis, "shares_noise", False):
+        return G_synthesis(torch.cat(ws), noise_copies=len(ws)).chunk(len(ws))
+    noise = NoiseReplay(ws[0].device)
+    return [noise.run(G_synthesis, each) for each in ws]
 
 
 class NoiseReplay:

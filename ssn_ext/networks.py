@@ -33,6 +33,7 @@ except ImportError:
 
 HALF_DEVICES = {"float16": ["cuda"], "bfloat16": ["cuda", "cpu"]}  # on others float32 stays
 SMALLEST, LARGEST = 4, 32  # sides of h0 x w0
+CPU_LAST = 2  # pixels a channel from which on channels-last pays on a CPU
 HALF_POWER = math.sqrt(0.5)  # two branches of equal variance, so scaled, add up to that variance again
 
 # ----------------------------------------------------------------------------
@@ -51,11 +52,43 @@ def resize(x, height, width):
     h, w = x.shape[2], x.shape[3]
     if (h, w) == (height, width):
         return x
-    if h * w > MATRIX_LIMIT or not x.dtype.is_floating_point:
+    if not _is_small([x]):
         return _resize_map(x, height, width)
-    matrix = _resize_matrix(h, w, height, width, x.dtype, x.device)
-    x = torch.matmul(matrix, x.flatten(2).transpose(1, 2))  # [N,height*width,C]: channels-last
+    return sum_of_maps([x], height, width)
+
+
+def sum_of_maps(grids, height, width):
+    """The sum [N,C,height,width] of the maps that `resize` makes of grids of [N,C,h,w]."""
+    if not _is_small(grids):
+        return sum(resize(grid, height, width) for grid in grids)
+    matrix, _, values = _stacked(grids, height, width)
+    x = torch.matmul(matrix, values)  # [N,height*width,C]: channels-last
     return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)  # a view
+
+
+def mean_square(grids, height, width):
+    """[N,C]: the mean over positions of the square of `sum_of_maps`.
+
+    The map is A g, A [height*width,P] the matrix of resizing and g the P values of all grids, so that the mean is
+    g^T (A^T A / (height * width)) g: of small grids no pass over the map is needed, here or for gradients.
+    """
+    if not _is_small(grids):
+        styles = sum_of_maps(grids, height, width)
+        return (styles * styles).mean(dim=[2, 3])
+    _, gram, values = _stacked(grids, height, width)
+    return (values * torch.matmul(gram, values)).sum(dim=1)
+
+
+def _is_small(grids):
+    return all(x.shape[2] * x.shape[3] <= MATRIX_LIMIT and x.dtype.is_floating_point for x in grids)
+
+
+def _stacked(grids, height, width):
+    """(A, A^T A / (height * width), values [N,P,C]) of `mean_square`."""
+    shapes = tuple((x.shape[2], x.shape[3]) for x in grids)
+    values = [x.flatten(2).transpose(1, 2) for x in grids]
+    values = values[0] if len(values) == 1 else torch.cat(values, dim=1)
+    return _resize_matrices(shapes, height, width, values.dtype, values.device) + (values,)
 
 
 def _resize_map(x, height, width):
@@ -72,35 +105,39 @@ MATRIX_LIMIT = 64  # positions: so small a grid is resized by one matrix product
 _matrices = {}
 
 
-def _resize_matrix(h, w, height, width, dtype, device):
-    """[height*width, h*w]: what `_resize_map` does to each of the h*w unit maps."""
-    key = (h, w, height, width, dtype, device)
+def _resize_matrices(shapes, height, width, dtype, device):
+    """A [height*width, P], what `_resize_map` does to the unit maps of all shapes ((h, w), ...), and its A^T A /
+    (height * width)."""
+    key = (shapes, height, width, dtype, device)
     if key not in _matrices:
         with torch.no_grad():
-            units = torch.eye(h * w, dtype=torch.float64).reshape(h * w, 1, h, w)
-            matrix = _resize_map(units, height, width).flatten(1).t().contiguous()
-            matrix = matrix.to(dtype=dtype, device=device)
+            units = [torch.eye(h * w, dtype=torch.float64).reshape(h * w, 1, h, w) for h, w in shapes]
+            units = [x if x.shape[2:] == (height, width) else _resize_map(x, height, width) for x in units]
+            matrix = torch.cat([x.flatten(1) for x in units]).t().contiguous()
+            gram = matrix.t().matmul(matrix) / (height * width)
+            made = (matrix.to(dtype=dtype, device=device), gram.to(dtype=dtype, device=device))
         if type(matrix) is not torch.Tensor or (hasattr(matrix, "is_inference") and matrix.is_inference()):
-            return matrix  # a stand-in of torch.export, or one that later gradients could not use
-        _matrices[key] = matrix
+            return made  # stand-ins of torch.export, or ones that later gradients could not use
+        _matrices[key] = made
     return _matrices[key]
 
 
 def spatially_modulated_conv2d(
     x, weight, styles, noise=None, up=1, padding=0, resample_filter=None, demodulation="circular", flip_weight=True,
+    energy=None,
 ):  # fmt: skip
     """out = (weight * (styles . x)) / sigma(weight, styles): eq. (1) of the SSN paper, '*' a convolution.
 
     x [N,I,H,W], weight [O,I,k,k], styles [N,I,H,W]; noise, broadcastable to the result, is added; returns
     [N,O,H*up,W*up] of x's dtype. demodulation: None (sigma = 1), or the borders of eq. (14), see
-    `expected_variance`.
+    `expected_variance`. energy [N,I]: the mean of styles^2, where it is known.
     """
     assert styles.shape == x.shape, (styles.shape, x.shape)
     scale = None
     if demodulation is not None:
         if x.dtype == torch.float16:
-            weight, styles = _rescale_for_half(weight, styles)
-        scale = (expected_variance(weight, styles, demodulation, flip_weight) + 1e-8).rsqrt()  # [N,O]
+            (weight, styles), energy = _rescale_for_half(weight, styles), None
+        scale = (expected_variance(weight, styles, demodulation, flip_weight, energy) + 1e-8).rsqrt()  # [N,O]
         scale = scale.to(x.dtype)[:, :, None, None]
     x = conv2d_resample.conv2d_resample(
         x=x * styles.to(x.dtype),
@@ -116,7 +153,7 @@ def spatially_modulated_conv2d(
     return x if scale is None else x * scale
 
 
-def expected_variance(weight, styles, borders="circular", flip_weight=True):
+def expected_variance(weight, styles, borders="circular", flip_weight=True, energy=None):
     """sigma^2 [N,O] of eq. (14): the mean over positions of weight^2 * styles^2, weight [O,I,k,k], styles
     [N,I,H,W].
 
@@ -124,13 +161,17 @@ def expected_variance(weight, styles, borders="circular", flip_weight=True):
     always that of the stride-1 convolution on the layer's input. With circular borders every tap sees every
     position, so that sigma^2 = sum_i (sum of the taps' squares) * mean styles^2, StyleGAN2's value for
     constant styles. With 'zero_padded' ones a tap that is off the centre misses the rows and columns that its
-    shift moves out.
+    shift moves out. energy [N,I]: mean styles^2, where it is known; of use for circular borders.
     """
     dtype = torch.promote_types(styles.dtype, torch.float32)  # never in half precision
-    energy, squares = styles.to(dtype).square(), weight.to(dtype).square()
+    styles, weight = styles.to(dtype), weight.to(dtype)
+    squares = weight * weight
     if borders == "circular":
-        return energy.mean(dim=[2, 3]).matmul(squares.sum(dim=[2, 3]).t())
+        energy = (styles * styles).mean(dim=[2, 3]) if energy is None else energy.to(dtype)
+        squares = squares.flatten(2)  # [O,I,k*k]; a product with ones is faster than a sum over few values
+        return energy.matmul(torch.matmul(squares, squares.new_ones(squares.shape[2])).t())
     assert borders == "zero_padded", borders
+    energy = styles * styles
     if not flip_weight:
         squares = squares.flip([2, 3])
     half = weight.shape[2] // 2
@@ -199,10 +240,13 @@ class PointwiseLayer(torch.nn.Module):
     def forward(self, x):
         """x [N,I,h,w] -> [N,O,h,w]."""
         height, width = x.shape[2], x.shape[3]
-        bias = None if self.bias is None else self.bias * self.bias_gain
-        x = x.flatten(2).transpose(1, 2)  # [N,h*w,I]: one matrix product for all samples and positions
-        x = torch.nn.functional.linear(x, self.weight * self.weight_gain, bias)
-        x = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)  # a view, channels-last
+        num, channels = x.shape[0], x.shape[1]
+        x = x.permute(0, 2, 3, 1).reshape(-1, channels)  # one matrix product for all samples and positions
+        if self.bias is None:
+            x = torch.matmul(x, self.weight.t()) * self.weight_gain
+        else:  # both gains ride along in it
+            x = torch.addmm(self.bias, x, self.weight.t(), beta=self.bias_gain, alpha=self.weight_gain)
+        x = x.reshape(num, height, width, x.shape[1]).permute(0, 3, 1, 2)  # a view, channels-last
         return x if self.activation == "linear" else bias_act.bias_act(x, act=self.activation)
 
 
@@ -362,15 +406,15 @@ def style_map(affine, correction, w, e, shape):
     None. Where there are features but no Q, they stand in for w (the paper's layout): s = upsample(W e + b).
     The resizing commutes with the 1x1 projections, which therefore work on the small maps.
     """
-    maps = [resize(grid, *shape) for grid in style_grids(affine, correction, w, e)]
-    return maps[0] if len(maps) == 1 else maps[0] + maps[1]
+    return sum_of_maps(style_grids(affine, correction, w, e), *shape)
 
 
 def style_grids(affine, correction, w, e):
-    """The small maps whose resized sum `style_map` is: one or two of [N,I,h,w]."""
+    """The small maps whose resized sum `style_map` is: one or two of [N,I,h,w]. Two of one size are their sum."""
     if correction is None:
         return [affine(w if e is None else e)]
-    return [affine(w), correction(e)]
+    direct, corrected = affine(w), correction(e)
+    return [direct + corrected] if direct.shape == corrected.shape else [direct, corrected]
 
 
 def _correction(encoder_init, channels, in_channels):
@@ -407,32 +451,34 @@ class SpatialSynthesisLayer(torch.nn.Module):
             self.noise_strength = torch.nn.Parameter(torch.zeros([]))
         self.bias = torch.nn.Parameter(torch.zeros([out_channels]))
 
-    def _noise(self, x, mode):
+    def _noise(self, x, mode, copies=1):
         if mode == "none" or not self.use_noise:
             return None
         if mode == "const":
             return self.noise_const * self.noise_strength  # [H,W]
-        return torch.randn([x.shape[0], 1] + self.shape, device=x.device) * self.noise_strength
+        noise = torch.randn([x.shape[0] // copies, 1] + self.shape, device=x.device) * self.noise_strength
+        return noise if copies == 1 else noise.repeat(copies, 1, 1, 1)
 
-    def forward(self, x, w, e, noise_mode="random", gain=1):
+    def forward(self, x, w, e, noise_mode="random", gain=1, noise_copies=1):
         """x [N,I,H/up,W/up], w [N,C,h,w], e [N,E,H',W'] or None -> [N,O,H,W]. noise_mode: 'random', 'const',
-        'none'."""
+        'none'. noise_copies: so many parts of the batch have the same random noise."""
         assert noise_mode in ("random", "const", "none"), noise_mode
         shape = [side // self.up for side in self.shape]
         misc.assert_shape(x, [None, self.weight.shape[1]] + shape)
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
+        grids, noise = style_grids(self.affine, self.encoder_style, w, e), self._noise(x, noise_mode, noise_copies)
         fast = own_kernels is not None and own_kernels.pays(x, self.weight, self.up, self.activation)
         if fast and self.demodulation in (None, "circular"):
             return own_kernels.spatial_layer(
-                x, self.weight, style_grids(self.affine, self.encoder_style, w, e), self.demodulation is not None,
-                self._noise(x, noise_mode), self.bias, up=self.up, padding=self.padding,
+                x, self.weight, grids, self.demodulation is not None, noise, self.bias, up=self.up, padding=self.padding,
                 resample_filter=self.resample_filter, flip_weight=self.up == 1, act=self.activation,
                 gain=self.act_gain * gain, clamp=clamp,
             )  # fmt: skip
+        known = self.demodulation == "circular" and _is_small(grids)
         x = spatially_modulated_conv2d(
-            x, self.weight, style_map(self.affine, self.encoder_style, w, e, shape), noise=self._noise(x, noise_mode),
-            up=self.up, padding=self.padding, resample_filter=self.resample_filter, demodulation=self.demodulation,
-            flip_weight=self.up == 1,
+            x, self.weight, sum_of_maps(grids, *shape), noise=noise, up=self.up, padding=self.padding,
+            resample_filter=self.resample_filter, demodulation=self.demodulation, flip_weight=self.up == 1,
+            energy=mean_square(grids, *shape) if known else None,
         )  # fmt: skip
         return bias_act.bias_act(
             x, self.bias.to(x.dtype), act=self.activation, gain=self.act_gain * gain, clamp=clamp
@@ -544,7 +590,9 @@ class SpatialSynthesisBlock(torch.nn.Module):
         device = ws[0].device.type
         half = self.use_fp16 and not force_fp32 and device in HALF_DEVICES[self.half_dtype]
         dtype = getattr(torch, self.half_dtype) if half else torch.float32
-        last = device == "cpu" or (half and self.channels_last)  # on a CPU convolutions and filters prefer it
+        last = half and (self.channels_last or device == "cpu")
+        if device == "cpu":  # where filters, and convolutions of many pixels and few channels, prefer it
+            last = last or self.shape[0] * self.shape[1] >= CPU_LAST * self.conv1.weight.shape[0]
         layout = torch.channels_last if last else torch.contiguous_format
         below = e
         if self.encoder is not None:
@@ -628,17 +676,22 @@ class SpatialSynthesisNetwork(torch.nn.Module):
         """
         blocks = self.latent_grid[0] * self.latent_grid[1]
         maps = []
-        for i, each in enumerate(ws.reshape([ws.shape[0], self.num_ws, -1, blocks]).unbind(dim=1)):
+        ws = ws.reshape([ws.shape[0], self.num_ws, -1, blocks])
+        ws = ws.permute(1, 0, 3, 2).contiguous().transpose(2, 3)  # one copy, so that all maps are channels-last
+        for i, each in enumerate(ws.unbind(dim=0)):
             number = sum(4 * 2 ** (i // 2) >= split for split in self.grid_splits)
             grid = self.latent_grids[number]
             first = sum(h * w for h, w in self.latent_grids[:number])
             own = each[:, :, first : first + grid[0] * grid[1]]
-            maps.append(own.reshape([ws.shape[0], -1] + grid))
+            maps.append(own.reshape([own.shape[0], -1] + grid))
         return maps
 
-    def forward(self, ws, noise_mode="random", force_fp32=False, fused_modconv=None):
+    shares_noise = True  # forward knows noise_copies
+
+    def forward(self, ws, noise_mode="random", force_fp32=False, fused_modconv=None, noise_copies=1):
         """ws [N,num_ws,w_dim] -> float32 [N,img_channels,H,W]. `fused_modconv` is accepted and has no meaning
-        here: a style that varies in space cannot be folded into the weights."""
+        here: a style that varies in space cannot be folded into the weights. noise_copies: the N samples are so
+        many parts of equal size, all of which get the random noise that the first would get alone."""
         misc.assert_shape(ws, [None, self.num_ws, self.w_dim])
         ws = self._maps(ws.to(torch.float32))
         x = img = e = None
@@ -646,7 +699,9 @@ class SpatialSynthesisNetwork(torch.nn.Module):
         for res in self.block_resolutions:
             block = getattr(self, "b%d" % res)
             own = ws[first : first + block.num_conv + block.num_torgb]
-            x, img, e = block(x, img, e, own, noise_mode=noise_mode, force_fp32=force_fp32)
+            x, img, e = block(
+                x, img, e, own, noise_mode=noise_mode, force_fp32=force_fp32, noise_copies=noise_copies
+            )
             first += block.num_conv
         return img
 

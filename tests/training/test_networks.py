@@ -633,7 +633,7 @@ def assert_half_precision_is_close(architecture, channels_last, device):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_half_precision_if_it_were_used_on_cpu(architecture, channels_last, monkeypatch):
-    def as_on_cuda(device, use_fp16, channels_last, **_):
+    def as_on_cuda(device, use_fp16, channels_last, *_):
         layout = torch.channels_last if use_fp16 and channels_last else torch.contiguous_format
         return torch.float16 if use_fp16 else torch.float32, layout
 

@@ -2,6 +2,7 @@
 """Convolution with up-sampling before or down-sampling after it."""
 
 import torch
+import torch.nn.functional as F
 
 from . import conv2d_gradfix
 from .upfirdn2d import _get_filter_size, _ints, _parse_padding, upfirdn2d
@@ -59,7 +60,40 @@ def _total_padding(f, up, down, padding):
 def _conv(x, w, groups, flip_weight, stride=1, padding=0, bias=None):
     if not flip_weight and _ints(*w.shape[2:]) != (1, 1):
         w = w.flip([2, 3])
+    if stride > 1 and groups == 1 and bias is None and padding == 0:
+        shape = [(side - taps) // stride + 1 for side, taps in zip(x.shape[2:], w.shape[2:], strict=True)]
+        if _few_positions(x, w, shape):
+            return _conv_columns(x, w, stride, shape)
     return conv2d_gradfix.conv2d(x, w, bias, stride=stride, padding=padding, groups=groups)
+
+
+def _few_positions(x, w, shape):
+    """Whether a convolution with a stride, or its transpose, is faster as one matrix product: on a CPU where its
+    smaller side, pictures of `shape`, has fewer positions than channels. The matrix of all values that meet the
+    kernel is then smaller than the kernel, which a convolution would have to bring into another order."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return False
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    return x.shape[0] * shape[0] * shape[1] <= max(w.shape[:2])
+
+
+def _conv_columns(x, w, stride, shape):
+    """conv2d as a product with what the kernel meets at every position; gradients are products likewise."""
+    num, out_channels = x.shape[0], w.shape[0]
+    columns = F.unfold(x, w.shape[2:], stride=stride)  # [N,I*kh*kw,positions]
+    out = torch.matmul(w.flatten(1), columns.transpose(0, 1).flatten(1))
+    return out.reshape(out_channels, num, *shape).transpose(0, 1).contiguous()
+
+
+def _conv_transpose_columns(x, w, stride, padding):
+    """conv_transpose2d, w [I,O,kh,kw], likewise."""
+    num, in_channels, height, width = x.shape
+    columns = torch.matmul(w.flatten(1).t(), x.transpose(0, 1).reshape(in_channels, -1))
+    columns = columns.reshape(-1, num, height * width).transpose(0, 1)  # [N,O*kh*kw,positions]
+    sides = zip((height, width), w.shape[2:], padding, strict=True)
+    shape = [(side - 1) * stride + taps - 2 * crop for side, taps, crop in sides]
+    return F.fold(columns, shape, w.shape[2:], padding=padding, stride=stride)
 
 
 def _conv_upsampled(x, w, up, pads, groups, flip_weight):
@@ -77,5 +111,8 @@ def _conv_upsampled(x, w, up, pads, groups, flip_weight):
     left = [n - m for n, m in zip(pads, surplus, strict=True)]
     # What both sides would crop later, the transposed convolution need not compute.
     crop_x, crop_y = max(-max(left[:2]), 0), max(-max(left[2:]), 0)
-    x = conv2d_gradfix.conv_transpose2d(x, w, stride=up, padding=[crop_y, crop_x], groups=groups)
+    if groups == 1 and _few_positions(x, w, x.shape[2:]):
+        x = _conv_transpose_columns(x, w, up, [crop_y, crop_x])
+    else:
+        x = conv2d_gradfix.conv_transpose2d(x, w, stride=up, padding=[crop_y, crop_x], groups=groups)
     return x, [n + m for n, m in zip(left, (crop_x, crop_x, crop_y, crop_y), strict=True)]

@@ -80,7 +80,8 @@ def spatial_layer(x, weight, grids, demodulate, noise, bias, **options):
     scale = None
     if demodulate:
         energy = spatial_modulation.mean_square(grids, *x.shape[2:])  # [N,I]
-        scale = (energy.matmul(weight.square().sum(dim=[2, 3]).t()) + 1e-8).rsqrt()
+        taps = weight.square().flatten(2)  # a product with ones is faster than a sum over few values
+        scale = (energy.matmul(taps.matmul(taps.new_ones(taps.shape[2])).t()) + 1e-8).rsqrt()
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x)
     for n, rows, style in _style_strips(x, grids):
@@ -91,12 +92,27 @@ def spatial_layer(x, weight, grids, demodulate, noise, bias, **options):
 def spatial_to_rgb(x, matrix, grids, bias):
     """matrix [O,I] times (x * styles), plus bias [O], at every pixel: [N,O,H,W], channels-last. No copy of x."""
     x = x.contiguous(memory_format=torch.channels_last)
-    num, _, height, width = x.shape
+    num, channels, height, width = x.shape
     out = x.new_empty([num, height, width, matrix.shape[0]])
     matrix, bias = matrix.t().to(x.dtype), bias.to(x.dtype)
+    if sum(grid.shape[3] for grid in grids) * len(bias) <= channels:
+        return _rows_to_rgb(x, matrix, grids, bias, out)
     for n, rows, style in _style_strips(x, grids):
         modulated = torch.mul(_pixels(x)[n, rows], style, out=style)
         torch.addmm(bias, modulated.flatten(0, 1), matrix, out=out[n, rows].flatten(0, 1))
+    return out.permute(0, 3, 1, 2)
+
+
+def _rows_to_rgb(x, matrix, grids, bias, out):
+    """`spatial_to_rgb` where the grids have few columns: every row of x times one matrix for each of them, and the
+    results mixed along the row. Only the grids' styles are ever made."""
+    columns, tall = _tall_styles(x, grids)  # [W,J], [H,J,C] for every sample
+    shares = columns.repeat_interleave(len(bias), dim=1)  # [W,J*O]
+    total = torch.eye(len(bias), dtype=x.dtype).repeat(columns.shape[1], 1)  # [J*O,O]: a sum over J
+    for n, styles in enumerate(tall):
+        kernels = (styles[:, :, None] * matrix.t()).flatten(1, 2)  # [H,J*O,C]
+        y = torch.bmm(_pixels(x)[n], kernels.transpose(1, 2)).mul_(shares)  # [H,W,J*O]
+        torch.addmm(bias, y.flatten(0, 1), total, out=out[n].flatten(0, 1))
     return out.permute(0, 3, 1, 2)
 
 
@@ -108,27 +124,34 @@ def _pixels(x):
 
 
 def _style_strips(x, grids):
-    """Yields (sample, slice of rows, the map there [rows,W,C] of x's dtype): no map is ever stored as a whole.
+    """Yields (sample, slice of rows, the map there [rows,W,C] of x's dtype): no map is ever stored as a whole."""
+    _, channels, height, width = x.shape
+    step = max(_STRIP // (width * channels), 1)
+    buffer = x.new_empty([min(step, height), width, channels])
+    columns, tall = _tall_styles(x, grids)
+    for n, styles in enumerate(tall):
+        for first in range(0, height, step):
+            rows = slice(first, min(first + step, height))
+            style = buffer[: rows.stop - first]
+            torch.matmul(columns, styles[rows], out=style)
+            yield n, rows, style
 
-    Along y first, which is little; the grids then stand side by side in one product along x.
-    """
+
+def _tall_styles(x, grids):
+    """([W,J], generator of [H,J,C] for every sample): the grids resized along y, which is little, their columns side
+    by side, and the matrix that resizes them along x and adds them up."""
     num, channels, height, width = x.shape
     axes = [
         [spatial_modulation._axis(grid.shape[axis], x.shape[axis], x.dtype, x.device) for grid in grids]
         for axis in (2, 3)
     ]
-    columns = torch.cat(axes[1], dim=1)  # [W,sum of w]
     flat = [_pixels(grid.to(x.dtype)).reshape(num, grid.shape[2], -1) for grid in grids]  # [N,h,w*C]
-    step = max(_STRIP // (width * channels), 1)
-    buffer = x.new_empty([min(step, height), width, channels])
-    for n in range(num):
-        tall = [
+
+    def tall(n):
+        maps = [
             torch.matmul(rows, grid[n]).reshape(height, -1, channels)
             for rows, grid in zip(axes[0], flat, strict=True)
         ]
-        tall = torch.cat(tall, dim=1) if len(tall) > 1 else tall[0]  # [H,sum of w,C]
-        for first in range(0, height, step):
-            rows = slice(first, min(first + step, height))
-            style = buffer[: rows.stop - first]
-            torch.matmul(columns, tall[rows], out=style)
-            yield n, rows, style
+        return torch.cat(maps, dim=1) if len(maps) > 1 else maps[0]
+
+    return torch.cat(axes[1], dim=1), map(tall, range(num))
