@@ -106,19 +106,20 @@ def estimate_interaction(G_mapping, G_synthesis, z, c, num_blocks=1, measure=dis
     *fresh, others = (
         G_mapping(torch.randn_like(z), c, skip_w_avg_update=True) for _ in range(num_blocks + 1)
     )
-    noise = NoiseReplay(z.device)
-    before = noise.run(G_synthesis, ws)
+    edited = [
+        blocks.replace_blocks(around, own, block, grid)
+        for block, other in zip(picks, fresh, strict=True)
+        for around, own in [(ws, other), (others, ws), (others, other)]
+    ]
+    before, *after = synthesize_alike(G_synthesis, [ws, *edited])
     masks = blocks.block_masks(grid, before.shape[2:], device=before.device)  # [B, H, W]
     totals = [0, 0]
-    for block, other in zip(picks, fresh, strict=True):
-        pictures = [before]
-        for around, own in [(ws, other), (others, ws), (others, other)]:
-            pictures.append(noise.run(G_synthesis, blocks.replace_blocks(around, own, block, grid)))
-        first, first_edited, second, second_edited = pictures
-        outside = measure(first, first_edited, ~masks[block]) + measure(second, second_edited, ~masks[block])
-        difference = (first - first_edited) - (second - second_edited)
-        outside, interaction = outside / 2, difference.square().mean(dim=[1, 2, 3]) / 2
-        totals = [totals[0] + outside, totals[1] + interaction]
+    for i, block in enumerate(picks):
+        before_edited, second, second_edited = after[3 * i : 3 * i + 3]
+        outside = ~masks[block]
+        value = measure(before, before_edited, outside) + measure(second, second_edited, outside)
+        difference = (before - before_edited) - (second - second_edited)
+        totals = [totals[0] + value / 2, totals[1] + difference.square().mean(dim=[1, 2, 3]) / 2]
     return totals[0] / num_blocks, totals[1] / num_blocks
 
 
