@@ -41,6 +41,8 @@ def ssn(c, opts):
         synthesis.encoder_init = opts.encoder_init
     if opts.demodulation:
         synthesis.demodulation = opts.demodulation.replace("-", "_")
+    if opts.style_sharpness is not None:
+        synthesis.style_sharpness = opts.style_sharpness
     c.loss_kwargs.update(class_name="ssn_ext.loss.DistortionRegularizedLoss")
     c.loss_kwargs.lambda_d = 100.0 if opts.lambda_d is None else opts.lambda_d
     if opts.lambda_interaction is not None:

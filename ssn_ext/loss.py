@@ -85,7 +85,9 @@ def estimate_distortion(G_mapping, G_synthesis, z, c, num_blocks=1, measure=dist
     edited = [blocks.replace_blocks(ws, w, block, grid) for block, w in zip(picks, fresh, strict=True)]
     before, *after = synthesize_alike(G_synthesis, [ws, *edited])
     masks = blocks.block_masks(grid, before.shape[2:], device=before.device)  # [B, H, W]
-    return sum(measure(before, img, ~masks[block]) for block, img in zip(picks, after, strict=True)) / num_blocks
+    return (
+        sum(measure(before, img, ~masks[block]) for block, img in zip(picks, after, strict=True)) / num_blocks
+    )
 
 
 def estimate_interaction(G_mapping, G_synthesis, z, c, num_blocks=1, measure=distortion.masked_mse):

@@ -129,16 +129,19 @@ def spatially_modulated_conv2d(
     """out = (weight * (styles . x)) / sigma(weight, styles): eq. (1) of the SSN paper, '*' a convolution.
 
     x [N,I,H,W], weight [O,I,k,k], styles [N,I,H,W]; noise, broadcastable to the result, is added; returns
-    [N,O,H*up,W*up] of x's dtype. demodulation: None (sigma = 1), or the borders of eq. (14), see
-    `expected_variance`. energy [N,I]: the mean of styles^2, where it is known.
+    [N,O,H*up,W*up] of x's dtype. demodulation: None (sigma = 1), the borders of eq. (14), see `expected_variance`,
+    or 'local', see `local_variance`. energy [N,I]: the mean of styles^2, where it is known.
     """
     assert styles.shape == x.shape, (styles.shape, x.shape)
     scale = None
     if demodulation is not None:
         if x.dtype == torch.float16:
             (weight, styles), energy = _rescale_for_half(weight, styles), None
-        scale = (expected_variance(weight, styles, demodulation, flip_weight, energy) + 1e-8).rsqrt()  # [N,O]
-        scale = scale.to(x.dtype)[:, :, None, None]
+        if demodulation == "local":
+            variance = local_variance(weight, styles, up)  # [N,O,H*up,W*up]
+        else:
+            variance = expected_variance(weight, styles, demodulation, flip_weight, energy)[:, :, None, None]
+        scale = (variance + 1e-8).rsqrt().to(x.dtype)
     x = conv2d_resample.conv2d_resample(
         x=x * styles.to(x.dtype),
         w=weight.to(x.dtype),
@@ -184,6 +187,25 @@ def expected_variance(weight, styles, borders="circular", flip_weight=True, ener
         [columns[:, :, max(s, 0) : height + min(s, 0)].sum(dim=2) for s in shifts], dim=2
     )  # [N,I,k,k]
     return seen.flatten(1).matmul(squares.flatten(1).t()) / (height * width)
+
+
+def local_variance(weight, styles, up=1):
+    """sigma^2 by position instead of its mean, [N,O,H*up,W*up]: sum_i (sum of the taps' squares) * styles^2 at every
+    position of the input, resized. No block then scales the rest of the picture. Constant styles give StyleGAN2's
+    value."""
+    dtype = torch.promote_types(styles.dtype, torch.float32)
+    styles, weight = styles.to(dtype), weight.to(dtype)
+    variance = torch.nn.functional.conv2d(styles * styles, (weight * weight).sum(dim=[2, 3], keepdim=True))
+    return _resize_map(variance, variance.shape[2] * up, variance.shape[3] * up)
+
+
+def repeat_cells(x, times):
+    """Every cell of maps [N,C,h,w] as times x times cells of its value: [N,C,h*times,w*times], channels-last."""
+    x = x.permute(0, 2, 3, 1)[:, :, None, :, None]
+    x = x.expand(-1, -1, times, -1, times, -1).reshape(
+        x.shape[0], x.shape[1] * times, x.shape[3] * times, x.shape[5]
+    )
+    return x.permute(0, 3, 1, 2)
 
 
 def _rescale_for_half(weight, styles):
@@ -466,13 +488,16 @@ class SpatialSynthesisLayer(torch.nn.Module):
         shape = [side // self.up for side in self.shape]
         misc.assert_shape(x, [None, self.weight.shape[1]] + shape)
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
-        grids, noise = style_grids(self.affine, self.encoder_style, w, e), self._noise(x, noise_mode, noise_copies)
+        grids, noise = (
+            style_grids(self.affine, self.encoder_style, w, e),
+            self._noise(x, noise_mode, noise_copies),
+        )
         fast = own_kernels is not None and own_kernels.pays(x, self.weight, self.up, self.activation)
         if fast and self.demodulation in (None, "circular"):
             return own_kernels.spatial_layer(
-                x, self.weight, grids, self.demodulation is not None, noise, self.bias, up=self.up, padding=self.padding,
-                resample_filter=self.resample_filter, flip_weight=self.up == 1, act=self.activation,
-                gain=self.act_gain * gain, clamp=clamp,
+                x, self.weight, grids, self.demodulation is not None, noise, self.bias, up=self.up,
+                padding=self.padding, resample_filter=self.resample_filter, flip_weight=self.up == 1,
+                act=self.activation, gain=self.act_gain * gain, clamp=clamp,
             )  # fmt: skip
         known = self.demodulation == "circular" and _is_small(grids)
         x = spatially_modulated_conv2d(
@@ -634,16 +659,18 @@ class SpatialSynthesisNetwork(torch.nn.Module):
 
     encoder_init: 'exact' starts as the StyleGAN2 that the other tensors are from, 'random' is the paper's
     start, 'none' leaves the encoder out. encoder_kwargs: options of SpatialEncoder. demodulation: see
-    `expected_variance`. num_fp16_res: how many of the last blocks, b4 excepted, compute in half precision.
-    img_shape: [H,W], whose longer side img_resolution is; None for a square. latent_grids, grid_splits: see
+    `spatially_modulated_conv2d`. style_sharpness: styles go over from block to block so many times as steeply as
+    bilinear interpolation of the blocks would, and are flat between. num_fp16_res: how many of the last blocks, b4
+    excepted, compute in half precision. img_shape: [H,W], whose longer side img_resolution is; None for a square. latent_grids, grid_splits: see
     SpatialGenerator.
     """
 
     def __init__(
         self, w_dim, img_resolution, img_channels, latent_grid=[4, 4], channel_base=32768, channel_max=512,
-        num_fp16_res=0, img_shape=None, latent_grids=None, grid_splits=[], **block_kwargs
+        num_fp16_res=0, img_shape=None, latent_grids=None, grid_splits=[], style_sharpness=1, **block_kwargs
     ):  # fmt: skip
         super().__init__()
+        self.style_sharpness = style_sharpness
         self.w_dim, self.img_resolution, self.img_channels = w_dim, img_resolution, img_channels
         self.img_shape = [img_resolution] * 2 if img_shape is None else [int(side) for side in img_shape]
         assert max(self.img_shape) == img_resolution, "img_resolution must be the longer side of img_shape"
@@ -677,13 +704,16 @@ class SpatialSynthesisNetwork(torch.nn.Module):
         blocks = self.latent_grid[0] * self.latent_grid[1]
         maps = []
         ws = ws.reshape([ws.shape[0], self.num_ws, -1, blocks])
-        ws = ws.permute(1, 0, 3, 2).contiguous().transpose(2, 3)  # one copy, so that all maps are channels-last
+        ws = (
+            ws.permute(1, 0, 3, 2).contiguous().transpose(2, 3)
+        )  # one copy, so that all maps are channels-last
         for i, each in enumerate(ws.unbind(dim=0)):
             number = sum(4 * 2 ** (i // 2) >= split for split in self.grid_splits)
             grid = self.latent_grids[number]
             first = sum(h * w for h, w in self.latent_grids[:number])
             own = each[:, :, first : first + grid[0] * grid[1]]
-            maps.append(own.reshape([own.shape[0], -1] + grid))
+            own = own.reshape([own.shape[0], -1] + grid)
+            maps.append(own if self.style_sharpness == 1 else repeat_cells(own, self.style_sharpness))
         return maps
 
     shares_noise = True  # forward knows noise_copies

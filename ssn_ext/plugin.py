@@ -97,7 +97,17 @@ def register():
     )
     add_option(
         "--demodulation",
-        type=click.Choice(["circular", "zero-padded"]),
-        help="Borders of eq. (14): circular is exact at the start  [default: circular]",
+        type=click.Choice(["circular", "zero-padded", "local"]),
+        help="Borders of eq. (14), of which circular ones are exact at the start; or by position, instead of one"
+        " factor for the whole picture, also exact  [default: circular]",
+        **modulation,
+    )
+    add_option(
+        "--style-sharpness",
+        desc="sharp{}",
+        type=click.IntRange(min=1),
+        metavar="INT",
+        help="How steeply styles change from block to block: 1 is bilinear, 2 twice as steep and flat between"
+        "  [default: 1]",
         **modulation,
     )

@@ -435,8 +435,8 @@ HELP_GROUPS = {
     "Transfer": "--resume --allow-partial --freezed --trust-pickle",
     "Performance": "--batch-gpu --precision --fp32 --nhwc --ops --nobench --allow-tf32 --workers",
     "Logging": "--log --best --keep-last",
-    "Options of ssn_ext": "--lambda-d --distortion --dist-blocks --pl-block-beta --latent-grid --latent-grids "
-    "--grid-split --encoder-init --demodulation",
+    "Options of ssn_ext": "--lambda-d --lambda-interaction --distortion --dist-blocks --pl-block-beta --latent-grid "
+    "--latent-grids --grid-split --encoder-init --demodulation --style-sharpness",
 }
 
 
@@ -500,6 +500,13 @@ def test_help_imports_no_torch():
 def test_distortion_reaches_the_loss(name):
     assert plan("--cfg=ssn", f"--distortion={name}")["loss_kwargs"]["distortion"] == name
     assert "distortion" not in plan("--cfg=ssn")["loss_kwargs"]  # as before there was a choice
+
+
+def test_kinds_of_styles_reach_the_network():
+    kwargs = plan("--cfg=ssn", "--demodulation=local", "--style-sharpness=2")["G_kwargs"]["synthesis_kwargs"]
+    assert (kwargs["demodulation"], kwargs["style_sharpness"]) == ("local", 2)
+    kwargs = plan("--cfg=ssn", "--demodulation=zero-padded")["G_kwargs"]["synthesis_kwargs"]
+    assert kwargs["demodulation"] == "zero_padded" and "style_sharpness" not in kwargs
 
 
 def test_the_weight_of_interactions_reaches_the_loss():

@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 
 from ssn_ext import blocks, transfer
-from ssn_ext.networks import SpatialGenerator, expected_variance, resize, spatially_modulated_conv2d
+from ssn_ext.networks import (
+    SpatialGenerator,
+    expected_variance,
+    local_variance,
+    repeat_cells,
+    resize,
+    spatially_modulated_conv2d,
+)
 from training.networks import Generator
 
 GRID = [4, 4]
@@ -89,6 +96,23 @@ def test_exact_start_for_every_grid(grid):
     assert (got - want).abs().max() <= 1e-4 * want.std()
 
 
+@pytest.mark.parametrize(
+    "options", [dict(demodulation="local"), dict(style_sharpness=2), dict(style_sharpness=3)]
+)
+@pytest.mark.parametrize("grid", [[4, 4], [8, 8]])
+def test_exact_start_of_other_styles(options, grid):
+    G = plain_generator()
+    S = transfer.from_stylegan2(G, latent_grid=grid, **options)
+    z = torch.randn(2, G.z_dim)
+    want = G(z, None, noise_mode="const")
+    got = S(spread(z, grid[0] * grid[1]), None, noise_mode="const")
+    assert (got - want).abs().max() <= 1e-4 * want.std()
+    # and they are others than the default's, for blocks that differ
+    z = torch.randn(2, S.z_dim)
+    plain = transfer.from_stylegan2(G, latent_grid=grid)(z, None, noise_mode="const")
+    assert (S(z, None, noise_mode="const") - plain).abs().max() > 1e-2 * want.std()
+
+
 def test_zero_padded_demodulation_is_no_exact_start():
     """The paper's borders lower sigma near the edges, most at 4x4: the pictures must differ."""
     G = plain_generator()
@@ -157,6 +181,33 @@ def test_demodulation_equals_a_second_convolution(borders, flip_weight, kernel):
     )
 
 
+@pytest.mark.parametrize("up", [1, 2])
+def test_demodulation_by_position(up):
+    """At every position, from the styles there alone; where they are constant it is the mean over positions."""
+    torch.manual_seed(0)
+    weight, styles = torch.randn(7, 5, 3, 3), torch.randn(3, 5, 4, 6)
+    variance = local_variance(weight, styles)
+    for y, x in [(0, 0), (2, 5), (3, 1)]:
+        here = styles[:, :, y, x, None, None].expand(-1, -1, 4, 6)
+        want = brute_force_variance(weight, here, "circular", True)
+        torch.testing.assert_close(variance[:, :, y, x], want, rtol=1e-5, atol=1e-5)
+    larger = local_variance(weight, styles, up)
+    torch.testing.assert_close(larger, resize(variance, 4 * up, 6 * up))
+    edited = styles.clone()
+    edited[:, :, 3, 5] += 1
+    changed = (local_variance(weight, edited) != variance).any(dim=1)
+    assert changed[:, 3, 5].all() and int(changed.sum()) == 3  # one position of each sample
+
+
+def test_sharp_styles_are_steeper_and_flat_between():
+    """Twice as steep as bilinear interpolation midway between two cells, flat near their centres."""
+    cells = torch.tensor([0.0, 1.0]).reshape(1, 1, 1, 2)
+    plain, sharp = (resize(repeat_cells(cells, k), 1, 64).flatten() for k in (1, 2))
+    place = (torch.arange(64) + 0.5) / 32 - 0.5  # in cells from the centre of the first
+    torch.testing.assert_close(plain, place.clamp(0, 1))
+    torch.testing.assert_close(sharp, (2 * place - 0.5).clamp(0, 1))
+
+
 def test_modulated_convolution_has_unit_variance():
     """Independent unit-variance inputs come out with unit mean variance: what sigma_E is for (Monte
     Carlo)."""
@@ -174,7 +225,7 @@ def test_gradients_of_the_modulated_convolution():
         torch.randn(*shape, dtype=torch.float64, requires_grad=True)
         for shape in [(2, 2, 4, 4), (3, 2, 3, 3), (2, 2, 4, 4)]
     )
-    for demodulation in [None, "circular", "zero_padded"]:
+    for demodulation in [None, "circular", "zero_padded", "local"]:
         function = functools.partial(spatially_modulated_conv2d, padding=1, demodulation=demodulation)
 
         def call(x, w, s, function=function):
