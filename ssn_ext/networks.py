@@ -661,8 +661,8 @@ class SpatialSynthesisNetwork(torch.nn.Module):
     start, 'none' leaves the encoder out. encoder_kwargs: options of SpatialEncoder. demodulation: see
     `spatially_modulated_conv2d`. style_sharpness: styles go over from block to block so many times as steeply as
     bilinear interpolation of the blocks would, and are flat between. num_fp16_res: how many of the last blocks, b4
-    excepted, compute in half precision. img_shape: [H,W], whose longer side img_resolution is; None for a square. latent_grids, grid_splits: see
-    SpatialGenerator.
+    excepted, compute in half precision. img_shape: [H,W], whose longer side img_resolution is; None for a square.
+    latent_grids, grid_splits: see SpatialGenerator.
     """
 
     def __init__(
