@@ -324,13 +324,21 @@ def show(c, command):
         if c.device != "cpu"
         else f"none (CPU, {c.num_gpus} process{'es' * (c.num_gpus > 1)})",
         "Number of images": c.training_set_kwargs.max_size,
-        "Image resolution": c.training_set_kwargs.resolution,
+        "Image resolution": image_size(c.training_set_kwargs),
         "Conditional model": c.training_set_kwargs.use_labels,
         "Dataset x-flips": c.training_set_kwargs.xflip,
     }
     for title, value in rows.items():
         print(f"{title + ':':<19}{value}")
     print()
+
+
+def image_size(training_set_kwargs):
+    """'32', or 'width x height' where pictures are not square."""
+    data = dnnlib.util.construct_class_by_name(**training_set_kwargs)
+    height, width = data.image_shape[1:]
+    data.close()
+    return str(width) if height == width else f"{width} x {height} (width x height)"
 
 
 def worker(rank, c):
@@ -427,6 +435,10 @@ def lead(ctx, options):
     if options["dry_run"]:
         print("Dry run; exiting.")
         return True
+    try:
+        configs.check_resume(c)
+    except configs.ConfigError as err:
+        raise click.UsageError(str(err)) from err
     try:
         return launch(c, command)
     except OSError as err:

@@ -24,9 +24,10 @@ from metrics import efficientnet_lite
 
 BASE_URL = "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
 OFFICIAL_FILES = ["inception-2015-12-05.pt", "vgg16.pt"]
-# What a metric wants -> NVIDIA's file for it. 'classes' are the class probabilities that only Inception has.
+# What a metric wants -> NVIDIA's file for it. 'classes' are the class probabilities that only Inception has,
+# 'maps' perceptual features that say where they lie, as those of OFFLINE do.
 URLS = dict(zip(["inception", "vgg16"], [BASE_URL + file for file in OFFICIAL_FILES], strict=True))
-URLS["classes"] = URLS["inception"]
+URLS.update(classes=URLS["inception"], maps=URLS["vgg16"])
 # Detectors that need no download: name -> side of the square that pictures are resized to.
 OFFLINE = {"efficientnet-lite0": 224, "efficientnet-lite0-128": 128}
 OTHER_NAMES = dict(fid="fd", kid="kd", ppl="ppd")
@@ -60,6 +61,11 @@ def choose(role, choice=None):
     if role == "classes" and not detector.official:
         raise DetectorError(
             f"The Inception score needs {OFFICIAL_FILES[0]}; the detector {detector.name} has no such classes"
+        )
+    if role == "maps" and detector.source not in OFFLINE:
+        raise DetectorError(
+            f"The detector {detector.name} does not say where in the picture its features lie: give --detector="
+            + " or ".join(OFFLINE)
         )
     return detector
 
@@ -238,6 +244,16 @@ def perceptual_features(detector, images):
     Differentiable. detector: a module from `load` or `load_for`."""
     pixels = (as_rgb(images) + 1) * 127.5
     return detector(pixels, resize_images=False, return_lpips=True).flatten(1).to(torch.float32)
+
+
+def feature_shapes(detector):
+    """[(C, h, w), ...]: the maps of which perceptual_features are made, each laid out flat, one after another. For a
+    detector of the role 'maps'."""
+    with torch.no_grad():
+        blank = torch.zeros(
+            [1, 3, detector.input_size, detector.input_size], device=detector.stem.weight.device
+        )
+        return [tuple(each.shape[1:]) for each in detector.perceptual_maps(blank)]
 
 
 def perceptual_distance(detector, img0, img1):

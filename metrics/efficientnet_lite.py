@@ -111,21 +111,28 @@ class EfficientNetLite0(torch.nn.Module):
     def forward(self, images, return_features=False, return_lpips=False, resize_images=True):
         """See the class; `resize_images` is there for the call's sake, pictures are always resized."""
         assert return_features != return_lpips
+        if return_lpips:
+            return torch.cat([each.flatten(1) for each in self.perceptual_maps(images)], dim=1)
         x = self.stem(self.prepare(images))
-        depths = []
+        for stage in self.stages:
+            x = stage(x)
+        return self.head(x).mean(dim=[2, 3])
+
+    def perceptual_maps(self, images):
+        """What return_lpips gives, where it lies: [N, C, h, w] at each depth, the finest first."""
+        x = self.stem(self.prepare(images))
+        maps = []
         for number, stage in enumerate(self.stages):
             x = stage(x)
-            if return_lpips and number in PERCEPTUAL_STAGES:
-                depths.append(_unit_channels(x) / math.sqrt(len(PERCEPTUAL_STAGES)))
-        if return_lpips:
-            return torch.cat(depths, dim=1)
-        return self.head(x).mean(dim=[2, 3])
+            if number in PERCEPTUAL_STAGES:
+                maps.append(_unit_channels(x) / math.sqrt(len(PERCEPTUAL_STAGES)))
+        return maps
 
 
 def _unit_channels(x, eps=1e-10):
     """Features of unit length everywhere, scaled so that squared distances are means over positions."""
     x = x * torch.rsqrt(x.square().sum(dim=1, keepdim=True) + eps)  # [N, C, H, W]
-    return x.flatten(1) / math.sqrt(x.shape[2] * x.shape[3])  # [N, C*H*W]
+    return x / math.sqrt(x.shape[2] * x.shape[3])
 
 
 def load(path, device, input_size):

@@ -322,7 +322,7 @@ def compute_feature_stats_for_dataset(
         mirror=bool(opts.dataset_kwargs.get("xflip")),
     )
     what = opts.details.detector, opts.details.detector_sha256, detector_kwargs
-    key = _digest("real", dict(opts.dataset_kwargs), num_items, data_hash, what, FEATURE_DTYPE)
+    key = digest("real", dict(opts.dataset_kwargs), num_items, data_hash, what, FEATURE_DTYPE)
     file = None
     if opts.cache and data_hash is not None:
         name = f"{dataset.name}-{opts.details.detector}-{key}.pkl"
@@ -355,7 +355,7 @@ def compute_feature_stats_for_generator(
     opts.details.num_gen = max_items
     labels_of = dict(opts.dataset_kwargs) if opts.G.c_dim else None
     draws = id(opts.G), dict(opts.G_kwargs), labels_of, max_items, opts.seed
-    key = _digest("generated", draws, detector_url, detector_kwargs)
+    key = digest("generated", draws, detector_url, detector_kwargs)
     batch_size = batch_size or opts.batch_size
 
     def pictures():
@@ -378,7 +378,7 @@ def compute_both_stats(opts, role, max_real, num_gen, **capture):
     return real, made
 
 
-def _digest(*parts):
+def digest(*parts):
     """A name for a combination of options, whatever the order in dicts."""
     return hashlib.md5(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()
 

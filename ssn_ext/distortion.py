@@ -76,14 +76,33 @@ def _emd_of_grid(before: torch.Tensor, after: torch.Tensor, mask: torch.Tensor, 
     places, real = _places(grid, (height, width), before.device)  # [B, n], [B, n]
     taken = mask.to(before.device).expand(count, -1, -1).flatten(1)[:, places] & real  # [N, B, n]
     directions = channel_directions(channels).to(before.device)  # [K, C]
-    ordered = []
-    for each in (before, after):
-        values = each.to(torch.promote_types(each.dtype, torch.float32)).flatten(2)  # [N, C, H*W]
-        values = torch.einsum("kc,ncp->nkp", directions.to(values), values)[:, :, places]  # [N, K, B, n]
-        absent = torch.finfo(values.dtype).max  # sorts behind all others, at equal places in both pictures
-        ordered.append(values.masked_fill(~taken[:, None], absent).sort(dim=-1).values)
-    change = (ordered[1] - ordered[0]).square().mean(dim=1)  # [N, B, n]
-    return change.sum(dim=(1, 2)) / taken.sum(dim=(1, 2))
+    first, second = (_ordered(each, directions, places, taken) for each in (before, after))
+    return (second - first).square().mean(dim=1).sum(dim=(1, 2)) / taken.sum(dim=(1, 2))
+
+
+def _ordered(
+    pictures: torch.Tensor, directions: torch.Tensor, places: torch.Tensor, taken: torch.Tensor
+) -> torch.Tensor:
+    """The colours at the places taken [N, B, n] along each direction, sorted within the block -> [N, K, B, n]."""
+    values = pictures.to(torch.promote_types(pictures.dtype, torch.float32)).flatten(2)  # [N, C, H*W]
+    values = torch.einsum("kc,ncp->nkp", directions.to(values), values)[:, :, places]  # [N, K, B, n]
+    absent = torch.finfo(values.dtype).max  # sorts behind all others, at equal places in all pictures
+    return values.masked_fill(~taken[:, None], absent).sort(dim=-1).values
+
+
+def sorted_colours(pictures: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `masked_emd` of one grid compares when whole blocks are in its mask: (values [N, P], block of each [P]).
+
+    The sum of squared differences of two rows, of all values but those of the blocks left out, is the distance
+    times the share of the picture that the others take.
+    """
+    count, channels, height, width = pictures.shape
+    places, real = _places(grid, (height, width), pictures.device)  # [B, n], [B, n]
+    directions = channel_directions(channels).to(pictures.device)  # [K, C]
+    values = _ordered(pictures, directions, places, real.expand(count, -1, -1))
+    number = torch.arange(len(real), device=real.device)[:, None].expand_as(real)  # [B, n]
+    scale = (len(directions) * height * width) ** -0.5
+    return values[:, :, real].flatten(1) * scale, number[real].repeat(len(directions))
 
 
 def channel_directions(channels: int) -> torch.Tensor:

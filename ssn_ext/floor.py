@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
-import numpy as np
 import torch
 
-from ssn_ext.blocks import block_masks, parse_grid
+from dnnlib.cli import user_errors
+from ssn_ext.blocks import parse_grid
 from ssn_ext.covariance import factorise, kept_covariance
 
 __all__ = ["FloorResult", "efficiency", "kept_covariance", "ldbr_floor"]
@@ -61,6 +61,7 @@ def ldbr_floor(
     masks: Any = None,
     *,
     samples: Any = None,
+    shares: Sequence[float] | None = None,
     max_iterations: int = 200,
     tolerance: float = 1e-3,
     cutoff: float = 1e-9,
@@ -73,6 +74,8 @@ def ldbr_floor(
                 whose (biased) covariance is taken, in the smaller of N and D
     masks       bool [B, H, W], every pixel in exactly one (ssn_ext.blocks.block_masks), or the block of each value
                 as integers [D]. Blocks of unequal size are weighed as ldbr_dist weighs them
+    shares      of values whose sum of squares is the distance (ssn_ext.spaces): how much of the picture each block
+                takes. What changed outside a block is then divided by 1 - its share, not by the number of values
     tolerance   stop when the gap between floor and certificate is this share of the floor
     cutoff      leave eigenvalues below this share of the largest out of the iteration: faster; floor and
                 lower_bound hold for the whole covariance still, only further apart
@@ -85,11 +88,12 @@ def ldbr_floor(
     index = _block_index(masks, factor.shape[1]).to(factor.device)
     order = torch.argsort(index, stable=True)  # block by block
     factor, remainder, sizes = factor[:, order], remainder[order], torch.bincount(index).tolist()
+    weights = _weights(sizes, shares)
     lengths = factor.square().sum(dim=1)  # the eigenvalues
 
     problem, V, iterations = None, None, 0
     for rank in sorted({int((lengths > COARSE * lengths[:1]).sum()), len(factor)}):
-        coarser, problem = problem, _Problem(factor[:rank], sizes)
+        coarser, problem = problem, _Problem(factor[:rank], sizes, weights)
         scale = _Scale(problem, remainder + factor[rank:].square().sum(dim=0))
         V = problem.pretty_good() if coarser is None else _refine(coarser, V, problem)
         V, value, bound, count = _maximise(problem, V, scale, tolerance, max_iterations, progress)
@@ -121,6 +125,17 @@ def efficiency(own_floor: float, distortion: float) -> float:
     return own_floor / distortion if distortion > 0 else 1.0
 
 
+def _weights(sizes: Sequence[int], shares: Sequence[float] | None) -> list[float]:
+    """The w_a of blocks of so many values, or of these shares of the picture."""
+    if shares is None:
+        return [1 / (len(sizes) * (sum(sizes) - size)) for size in sizes]
+    if len(shares) != len(sizes) or not all(0 < share < 1 for share in shares):
+        raise ValueError(
+            f"shares must be a number between 0 and 1 for each of {len(sizes)} blocks: got {shares}"
+        )
+    return [1 / (len(sizes) * (1 - share)) for share in shares]
+
+
 # The discrimination problem.
 
 
@@ -132,13 +147,13 @@ class _Problem:
     V           a measurement [k, D], V V^T = 1, cut likewise: Q_a = V_a V_a^T
     """
 
-    def __init__(self, factor: torch.Tensor, sizes: Sequence[int]):
+    def __init__(self, factor: torch.Tensor, sizes: Sequence[int], weights: Sequence[float]):
         self.factor = factor
         self.sizes = list(sizes)
         self.spectrum = factor.square().sum(dim=1)
         self.trace = float(self.spectrum.sum())
-        self.weights = [1 / (len(sizes) * (sum(sizes) - size)) for size in sizes]
-        self.top = max(self.weights)
+        self.weights = list(weights)
+        self.top = max(weights)
 
     def blocks(self, V: torch.Tensor) -> list[tuple[float, torch.Tensor, torch.Tensor]]:
         """(w_a, L_a, V_a) of every block."""
@@ -334,33 +349,57 @@ def _grid_option(ctx: click.Context, param: click.Parameter, value: str) -> list
 
 
 @click.command()
-@click.option("--data", required=True, metavar="[ZIP|DIR]", help="Pictures, as for train.py")
+@click.option("--data", required=True, metavar="[ZIP|DIR]", help="Pictures, as for train.py, or 'demo'")
 @click.option("--grid", default="4x4", show_default=True, metavar="HxW", callback=_grid_option, help="Blocks")
 @click.option("--max-images", type=click.IntRange(min=2), metavar="INT", help="Use a random part of the data")
+@click.option(
+    "--distortion",
+    type=click.Choice(["mse", "emd", "features"]),
+    default="mse",
+    show_default=True,
+    help="Of pixels, of the colours in each block, or of perceptual features at their positions",
+)
+@click.option("--detector", metavar="NAME", help="Whose features  [default: efficientnet-lite0-128]")
 @click.option(
     "--tolerance", type=click.FloatRange(min=0), default=1e-3, show_default=True, help="Relative gap"
 )
 @click.option(
     "--cutoff", type=click.FloatRange(0, 1), default=1e-9, show_default=True, help="Least eigenvalue"
 )
-def main(data: str, grid: list[int], max_images: int | None, tolerance: float, cutoff: float) -> None:
+@user_errors()
+def main(
+    data: str,
+    grid: list[int],
+    max_images: int | None,
+    distortion: str,
+    detector: str | None,
+    tolerance: float,
+    cutoff: float,
+) -> None:
     """The least outside change (ldbr_dist) of any generator that has the covariance of this data."""
-    from torch_utils.images import to_float
+    from ssn_ext import spaces
+    from training.configs import demo_file
     from training.dataset import ImageFolderDataset
+
+    if detector is not None and distortion != "features":
+        raise click.UsageError("--detector is for --distortion=features")
 
     def progress(iteration: int, high: float, low: float) -> None:
         click.echo(f"  iteration {iteration}: {low:.6f} <= floor <= {high:.6f}", err=True)
 
-    try:
-        dataset = ImageFolderDataset(data, max_size=max_images)
-        pictures = to_float(torch.from_numpy(np.stack([dataset[i][0] for i in range(len(dataset))])))
-        masks = block_masks(grid, pictures.shape[2:])
-        click.echo(f"{len(pictures)} pictures {list(pictures.shape[1:])}, {grid[0]}x{grid[1]} blocks")
-        result = ldbr_floor(
-            samples=pictures, masks=masks, tolerance=tolerance, cutoff=cutoff, progress=progress
-        )
-    except (OSError, ValueError) as err:
-        raise click.ClickException(str(err)) from err
+    dataset = ImageFolderDataset(demo_file("lorelei32.zip") if data == "demo" else data, max_size=max_images)
+    space = spaces.open_space(distortion, grid, dataset.image_shape, detector or "efficientnet-lite0-128")
+    click.echo(f"{len(dataset)} pictures {dataset.image_shape}, {grid[0]}x{grid[1]} blocks, {distortion}")
+    result, share, _space = spaces.floor_of(
+        space,
+        map(space.values, spaces.real_pictures(dataset, len(dataset))),
+        None if distortion == "mse" else spaces.MOST_VALUES,
+        tolerance=tolerance,
+        cutoff=cutoff,
+        progress=progress,
+    )
+    if share < 1:
+        click.echo(f"of principal components with {share:.4f} of the variance: a lower bound for the whole")
     click.echo(f"floor                  {result.floor:.6f}   (certified: at least {result.lower_bound:.6f})")
     click.echo(f"ZCA generator          {result.zca:.6f}")
     click.echo(f"two unrelated pictures {result.unrelated:.6f}")

@@ -9,7 +9,7 @@ import torch
 from ssn_ext import blocks, distortion, grids
 from torch_utils import distributed, training_stats
 from torch_utils.ops import conv2d_gradfix
-from training.loss import PhaseRow, StyleGAN2Loss
+from training.loss import PhaseRow, StyleGAN2Loss, check_number
 
 
 class DistortionRegularizedLoss(StyleGAN2Loss):
@@ -36,6 +36,12 @@ class DistortionRegularizedLoss(StyleGAN2Loss):
         distortion="mse", lambda_interaction=0, **kwargs,
     ):  # fmt: skip
         super().__init__(*args, **kwargs)
+        for name, value in dict(lambda_d=lambda_d, lambda_interaction=lambda_interaction).items():
+            check_number(name, value)
+        for name, value in dict(
+            dist_interval=dist_interval, dist_batch_shrink=dist_batch_shrink, dist_blocks=dist_blocks
+        ).items():
+            check_number(name, value, least=1, whole=True)
         self.lambda_d, self.lambda_interaction = lambda_d, lambda_interaction
         self.dist_interval = dist_interval
         self.dist_batch_shrink = dist_batch_shrink
@@ -145,6 +151,7 @@ class BlockPathLengthLoss(DistortionRegularizedLoss):
 
     def __init__(self, *args, pl_block_beta=1, **kwargs):
         super().__init__(*args, **kwargs)
+        check_number("pl_block_beta", pl_block_beta)
         self.pl_block_beta = pl_block_beta
         self.pl_block_mean = torch.zeros([], device=self.device)
 

@@ -1,23 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Metrics of block-resampling: ldbr_dist (how far an edit reaches), also by other distortions (ldbr_emd,
-ldbr_features), and ldbr_floor (how far it must)."""
+ldbr_features). How far it must: ssn_ext.floor_metric."""
 
 import os
 
-import numpy as np
 import torch
 
 from metrics import detectors, metric_utils
-from ssn_ext import blocks, distortion, figures, floor, resampling
-from ssn_ext.grids import blocks_of_grid, grid_means, grid_name, grids_of, grids_with_outside
-from torch_utils.images import to_float, write_png
+from ssn_ext import blocks, distortion, figures, resampling
+from ssn_ext.grids import grid_means, grid_name, grids_of, grids_with_outside
+from torch_utils.images import write_png
 from training.shapes import shape_of
 
 NUM_LATENTS = 1024
 NUM_PERCEPTUAL = 64  # latents whose edits are also compared by a detector: 2 * B + 1 passes each
-NUM_PICTURES = 4096  # generated pictures from which a generator's own covariance is estimated
-NUM_REAL = 12000  # real pictures from which the data's covariance is estimated, at most
-FLOOR_RESOLUTION = 64  # the covariance of larger pictures does not fit
 
 
 def ldbr_dist(opts):
@@ -47,57 +43,6 @@ def ldbr_dist(opts):
         for number, each in matrices.items():
             picture = figures.influence_picture(each.numpy().mean(axis=0), grids_of(G)[number])
             write_png(os.path.join(opts.run_dir, f"influence{suffix(G, number)}.png"), picture)
-    return result
-
-
-def ldbr_floor(opts):
-    """Least distortion that the data's covariance allows, and the generator's own (docs/limit.md).
-
-    Results: ldbr_floor (of the data) and _lower (its certified lower bound), ldbr_floor_own (of the
-    generator's covariance), _efficiency = own floor / distortion, _kept = share of the data's covariance that
-    the generator kept, _distortion and _inside as ldbr_dist gives them. docs/limit.md explains them. Of several
-    grids, all but _kept for each grid, as ldbr_floor_8x8; ldbr_floor_own_8x8 is then the floor of the variance that
-    this grid moves, and ldbr_floor_share_8x8 the share of all variance that it is.
-    """
-    G = prepared(opts)
-    if G.img_resolution > FLOOR_RESOLUTION:
-        raise ValueError(
-            f"ldbr_floor works up to {FLOOR_RESOLUTION} pixels a side, not {G.img_resolution}: the covariance"
-            " of all pixels is needed whole"
-        )
-    if opts.rank != 0:
-        return {}
-    data, made = dataset_pixels(opts), generated_pixels(opts, G)
-    result = {}
-    for number, matrices in influence_by_grid(opts, G).items():
-        for key, value in floor_of_grid(opts, G, number, matrices, data, made).items():
-            result[key + suffix(G, number)] = value
-    result["ldbr_floor_kept"] = floor.kept_covariance(samples_generator=made, samples_data=data)
-    opts.details.update(num_latents=NUM_LATENTS, num_real=len(data), num_gen=len(made), noise_mode="const")
-    return result
-
-
-def floor_of_grid(opts, G, number, matrices, data, made):
-    """The results of ldbr_floor for one of the grids, from its influence matrices [N, B, B], real and made pictures."""
-    several = len(grids_of(G)) > 1
-    grid, title = grids_of(G)[number], suffix(G, number).replace("_", " ")
-    masks = blocks.block_masks(grid, shape_of(G))
-    moved = redrawn_pixels(opts, G, number) if several else made
-    of_data = floor.ldbr_floor(
-        samples=data, masks=masks, progress=reporter(opts, f"floor of the data{title}")
-    )
-    own = floor.ldbr_floor(samples=moved, masks=masks, progress=reporter(opts, f"own floor{title}"))
-    change = summarise_influence(matrices, grid, shape_of(G))
-    result = {
-        "ldbr_floor": of_data.floor,
-        "ldbr_floor_lower": of_data.lower_bound,
-        "ldbr_floor_own": own.floor,
-        "ldbr_floor_efficiency": floor.efficiency(own.floor, change["ldbr_dist"]),
-        "ldbr_floor_distortion": change["ldbr_dist"],
-        "ldbr_floor_inside": change["ldbr_dist_inside"],
-    }
-    if several:
-        result["ldbr_floor_share"] = own.trace / float(made.double().var(dim=0, correction=0).sum())
     return result
 
 
@@ -151,12 +96,6 @@ def suffix(G, number):
     """What tells the results of one grid from another's: '_8x8', or '' where there is one grid."""
     grids = grids_of(G)
     return f"_{grid_name(grids[number])}" if len(grids) > 1 else ""
-
-
-def reporter(opts, title):
-    """A progress function for ldbr_floor."""
-    monitor = opts.progress.sub(tag=title, flush_interval=1)
-    return lambda iteration, _floor, _bound: monitor.update(iteration)
 
 
 def latent_pairs(opts, count, size=16):
@@ -290,37 +229,3 @@ def summarise_changes(name, changes):
 def mean_and_error(name, samples):
     """{name: mean of samples [N], name_stderr: its standard error}."""
     return {name: float(samples.mean()), f"{name}_stderr": float(samples.std() / len(samples) ** 0.5)}
-
-
-def dataset_pixels(opts):
-    """Real pictures [N, C, H, W] in [-1, 1], the first NUM_REAL at most."""
-    dataset = metric_utils.open_dataset(opts)
-    count = min(len(dataset), NUM_REAL)
-    return to_float(torch.from_numpy(np.stack([dataset[i][0] for i in range(count)])))
-
-
-def generated_pixels(opts, G):
-    """NUM_PICTURES generated pictures [N, C, H, W], clamped to [-1, 1], with constant noise as in ldbr_dist."""
-    pictures = []
-    progress = opts.progress.sub(tag="generated", num_items=NUM_PICTURES, flush_interval=1024)
-    with torch.no_grad():
-        for z, _fresh, c in latent_pairs(opts, NUM_PICTURES, size=64):
-            pictures.append(G(z, c, noise_mode="const").clamp(-1, 1).cpu())
-            progress.update(sum(map(len, pictures)))
-    return torch.cat(pictures)
-
-
-@torch.no_grad()
-def redrawn_pixels(opts, G, number):
-    """NUM_PICTURES samples [N, C, H, W] whose covariance is the part of the pictures' that one grid moves.
-
-    They are (g(z') - g(z)) / sqrt(2), z' being z with all blocks of the grid drawn anew: E Cov(g | other grids).
-    """
-    grids, parts = grids_of(G), []
-    progress = opts.progress.sub(tag=f"moved{suffix(G, number).replace('_', ' ')}", num_items=NUM_PICTURES)
-    for z, fresh, c in latent_pairs(opts, NUM_PICTURES, size=64):
-        other = blocks.replace_blocks(z, fresh, blocks_of_grid(grids, number), grids)
-        before, after = (G(each, c, noise_mode="const").clamp(-1, 1).cpu() for each in (z, other))
-        parts.append((after - before) * 0.5**0.5)
-        progress.update(sum(map(len, parts)))
-    return torch.cat(parts)

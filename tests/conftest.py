@@ -53,6 +53,16 @@ class Result:
         return json.loads((self.dir / "training_options.json").read_text())
 
 
+@pytest.fixture
+def own_cache(tmp_path):
+    """A cache of the test's own; the folder of the metrics in it."""
+    from dnnlib import util
+
+    util.set_cache_dir(str(tmp_path / "cache"))
+    yield tmp_path / "cache" / "gan-metrics"
+    util.set_cache_dir(None)
+
+
 @pytest.fixture(scope="session")
 def ds(tmp_path_factory):
     """Folder `ds` of 12 random 8x8 pictures with two classes."""

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 import resample
 import train
 from dnnlib.plugins import load_plugins
-from ssn_ext import metric
+from ssn_ext import floor_metric, metric
 from ssn_ext.blocks import block_masks, parse_grids, replace_blocks, union_mask
 from torch_utils import training_stats
 from torch_utils.images import read_image, to_uint8, write_png
@@ -233,9 +233,9 @@ def test_figures_of_blocks_of_both_grids(two, tmp_path):
     assert (tmp_path / "rows.png").is_file()
 
 
-def test_metrics_are_given_by_grid(two, monkeypatch):
+def test_metrics_are_given_by_grid(two, monkeypatch, own_cache):
     monkeypatch.setattr(metric, "NUM_LATENTS", 4)
-    monkeypatch.setattr(metric, "NUM_PICTURES", 30)
+    monkeypatch.setattr(floor_metric, "NUM_PICTURES", 30)
     output = call(
         calc_metrics.calc_metrics, f"--network={two[0]}", "--metrics=ldbr_dist,ldbr_floor", "--gpus=0"
     )

@@ -14,7 +14,7 @@ import resample
 import train
 from dnnlib.plugins import load_plugins
 from metrics import metric_main
-from ssn_ext import metric
+from ssn_ext import floor_metric, metric
 from torch_utils import training_stats
 from torch_utils.images import read_image, write_png
 from training import snapshot
@@ -98,9 +98,9 @@ def test_a_plain_network_of_a_square_data_set_keeps_the_family_s_arguments(tmp_p
         assert "img_shape" not in nets[name].init_kwargs and nets[name].img_shape == [16, 16]
 
 
-def test_metrics_count_its_own_blocks(run_dir, network, monkeypatch, tmp_path):
+def test_metrics_count_its_own_blocks(run_dir, network, monkeypatch, tmp_path, own_cache):
     monkeypatch.setattr(metric, "NUM_LATENTS", 6)
-    monkeypatch.setattr(metric, "NUM_PICTURES", 40)
+    monkeypatch.setattr(floor_metric, "NUM_PICTURES", 40)
     output = call(
         calc_metrics.calc_metrics, f"--network={network}", "--metrics=ldbr_dist,ldbr_floor", "--gpus=0"
     )

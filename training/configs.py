@@ -13,9 +13,11 @@ from collections import namedtuple
 
 import dnnlib
 from dnnlib.plugins import Registry
+from training.rehearsal import check_parts, check_transfer
 from training.settings import (
     ConfigError,
     check_batch,
+    check_names,
     check_numbers,
     check_shape,
     set_option,
@@ -205,8 +207,13 @@ def make_config(opts):
     for assignment in opts.set or []:
         set_option(c, assignment)
     check_numbers(c)
+    check_names(c)
     check_shape(c, opts)
     check_batch(c)
+    if opts.set:
+        check_parts(c, opts.set)
+    if "_source" in opts and "resume_pkl" in c:
+        check_transfer(c, opts.source)
     order = [name for name in FAMILY_ORDER if name in c] + [name for name in c if name not in FAMILY_ORDER]
     return dnnlib.EasyDict({name: c[name] for name in order}), "-".join(part for part in desc if part)
 
@@ -228,8 +235,7 @@ class Options(dnnlib.EasyDict):
 
             try:
                 path = resolve_resume(self.resume)
-                data = snapshot.load_network_pkl(path, trust=bool(self.trust_pickle))
-                self["_source"] = snapshot.check_snapshot(data, path)
+                self["_source"] = snapshot.load_planned(path, trust=bool(self.trust_pickle))
             except snapshot.SnapshotError as err:
                 raise ConfigError(f"--resume: {err}") from err
         return self["_source"]
@@ -488,6 +494,22 @@ def _plugin_options(opts):
             )
         desc.append(option.desc.format(value))
     return desc
+
+
+def check_resume(c):
+    """ConfigError where the networks of a URL, which make_config may not have read, cannot be read or do not match;
+    then lets go of them where other processes read for themselves."""
+    from training import snapshot
+
+    if c.get("resume_pkl") is None or c.get("exact_resume"):
+        return
+    if dnnlib.util.is_url(c.resume_pkl, allow_file_urls=True):
+        try:
+            check_transfer(c, snapshot.load_planned(c.resume_pkl, c.get("resume_trust", False)))
+        except snapshot.SnapshotError as err:
+            raise ConfigError(f"--resume: {err}") from err
+    if c.num_gpus > 1:
+        snapshot.forget_planned()
 
 
 # --- run directories ----------------------------------------------------------------------------------------

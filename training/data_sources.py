@@ -119,16 +119,21 @@ def _zip(path: str) -> Source:
     return Source("zip", path, names, archive.open, labels, extra, left_out, archive.close)
 
 
+def is_hidden(fname: str) -> bool:
+    """Whether a name is of what systems keep for themselves: ._x.png, .git/x.png, __MACOSX/x.png."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in fname.split("/"))
+
+
 def _pictures(names) -> tuple[list[str], Counter]:
     """Those that Pillow can read by their extension, sorted folder by folder; and the extensions of the others.
 
-    Hidden files and folders (.DS_Store, ._x.png, .git/) count as neither.
+    Hidden files and folders (.DS_Store, ._x.png, .git/, __MACOSX/) count as neither.
     """
     readable = set(formats())
     extensions = {ext for ext, kind in PIL.Image.registered_extensions().items() if kind in readable}
     pictures, left_out = [], Counter()
     for name in names:
-        if any(part.startswith(".") for part in name.split("/")):
+        if is_hidden(name):
             continue
         extension = os.path.splitext(name)[1].lower()
         if extension in extensions:

@@ -12,6 +12,7 @@ import PIL.Image
 import torch
 
 from dnnlib import EasyDict
+from training.data_sources import is_hidden
 
 try:
     import pyspng
@@ -311,9 +312,10 @@ def _with_channels(pixels: np.ndarray) -> np.ndarray:
 
 
 def _is_image(fname: str) -> bool:
-    """Whether the name is that of an image Pillow knows; PIL.Image.init() has run."""
-    base = fname.rsplit("/", 1)[-1]
-    return not base.startswith(".") and os.path.splitext(base)[1].lower() in PIL.Image.EXTENSION
+    """Whether the name is that of an image Pillow knows, and not hidden; PIL.Image.init() has run."""
+    if is_hidden(fname):
+        return False
+    return os.path.splitext(fname.rsplit("/", 1)[-1])[1].lower() in PIL.Image.EXTENSION
 
 
 def _label_array(values: list, where: str) -> np.ndarray:

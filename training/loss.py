@@ -6,6 +6,7 @@ Sources: non-saturating logistic loss (Goodfellow et al. 2014), R1 (Mescheder et
 path length regularisation, lazy regularisation and style mixing (Karras et al. 2020, arXiv:1912.04958).
 """
 
+import math
 from collections import namedtuple
 
 import torch
@@ -18,6 +19,14 @@ Batch = namedtuple("Batch", "real_img real_c gen_z gen_c")
 PhaseRow = namedtuple(
     "PhaseRow", "name net interval"
 )  # what runs, on which network ('G' or 'D'), every how many steps
+
+
+def check_number(name, value, most=math.inf, least=0, whole=False):
+    """ValueError unless an argument of a loss is a number from `least` to `most`."""
+    kinds = (int,) if whole else (int, float)
+    if type(value) not in kinds or not least <= value <= most:
+        limits = f"from {least} " + ("on" if most == math.inf else f"to {most}")
+        raise ValueError(f"{name} must be a {'whole ' * whole}number {limits}, not {value!r}")
 
 
 class Loss:
@@ -72,6 +81,11 @@ class StyleGAN2Loss(Loss):
         pl_weight=2,
     ):
         super().__init__()
+        check_number("r1_gamma", r1_gamma)
+        check_number("pl_weight", pl_weight)
+        check_number("pl_decay", pl_decay, most=1)
+        check_number("style_mixing_prob", style_mixing_prob, most=1)
+        check_number("pl_batch_shrink", pl_batch_shrink, least=1, whole=True)
         self.device = torch.device(device)
         self.G_mapping, self.G_synthesis, self.D = G_mapping, G_synthesis, D
         self.augment_pipe = augment_pipe

@@ -13,6 +13,36 @@ class ConfigError(ValueError):
     """A mistake in the options of a training run, in one line."""
 
 
+# What numbers of the loop may be: least, most, 'above' (the least itself is too small), 'whole', 'null'.
+LIMITS = {
+    **dict.fromkeys(["total_kimg", "kimg_per_tick"], (0, math.inf, "above")),
+    **dict.fromkeys(["batch_size", "batch_gpu", "num_gpus", "ada_interval"], (0, math.inf, "above whole")),
+    **dict.fromkeys(["G_reg_interval", "D_reg_interval", "keep_last"], (0, math.inf, "above whole null")),
+    **dict.fromkeys(
+        ["image_snapshot_ticks", "network_snapshot_ticks", "data_loader_kwargs.prefetch_factor"],
+        (0, math.inf, "above whole null"),
+    ),
+    "training_set_kwargs.max_size": (0, math.inf, "above whole null"),
+    "training_set_kwargs.random_seed": (0, 2**31 - 1, "whole"),
+    "random_seed": (0, 2**31 - 1, "whole"),
+    "data_loader_kwargs.num_workers": (0, math.inf, "whole"),
+    "ema_kimg": (0, math.inf, ""),
+    "ema_rampup": (0, math.inf, "above null"),
+    "augment_p": (0, math.inf, ""),
+    "ada_target": (0, 1, "null"),
+    "ada_kimg": (0, math.inf, "above"),
+    **dict.fromkeys(["G_kwargs.z_dim", "G_kwargs.w_dim"], (0, math.inf, "above whole")),
+    **{
+        f"{part}.channel_{end}": (0, math.inf, "above whole")
+        for part in ["G_kwargs.synthesis_kwargs", "D_kwargs"]
+        for end in ["base", "max"]
+    },
+    "G_kwargs.mapping_kwargs.num_layers": (0, math.inf, "whole"),
+}
+SWITCHES = ["cudnn_benchmark", "allow_tf32", "resume_trust", "data_loader_kwargs.pin_memory"]
+SWITCHES += ["training_set_kwargs.use_labels", "training_set_kwargs.xflip"]
+
+
 def easy(value):
     """Nested dicts (as JSON gives them) as EasyDicts."""
     if isinstance(value, dict):
@@ -47,6 +77,8 @@ def set_option(c, assignment):
         )
     if type(before) in (int, float) and type(value) not in (int, float, type(None)):
         raise ConfigError(f"--set {path}: expected a number in place of {before}, not {value!r}")
+    if last == "class_name":
+        check_code(f"--set {path}", value)
     target[last] = value
 
 
@@ -55,12 +87,8 @@ def _known_names(c, parents):
     if not parents:
         from training.training_loop import DEFAULTS
 
-        return set(DEFAULTS) - {
-            "run_dir",
-            "exact_resume",
-            "num_gpus",
-            "device",
-        }  # which have options of their own
+        of_their_own = {"run_dir", "exact_resume", "num_gpus", "device", "resume_pkl", "resume_trust"}
+        return set(DEFAULTS) - of_their_own  # which have options
     target = c
     for name in parents:
         target = target[name]
@@ -99,11 +127,59 @@ def check_numbers(c):
     for path, value in _values(c):
         if isinstance(value, float) and not math.isfinite(value):
             raise ConfigError(f"{path} must be a finite number, not {value}")
-    for name in ["total_kimg", "kimg_per_tick", "batch_size", "batch_gpu", "num_gpus"]:
-        whole = name not in ("total_kimg", "kimg_per_tick")
-        value = c.get(name, 1)
-        if not isinstance(value, int if whole else (int, float)) or value <= 0:
-            raise ConfigError(f"{name} must be a positive {'whole ' * whole}number, not {value}")
+    for path, (least, most, kinds) in LIMITS.items():
+        value = _at(c, path)
+        if value is MISSING or (value is None and "null" in kinds):
+            continue
+        number = type(value) is int or (type(value) is float and "whole" not in kinds)
+        if not number or not least <= value <= most or (value == least and "above" in kinds):
+            raise ConfigError(f"{path} must be {_wanted(least, most, kinds)}, not {value}")
+    for path in SWITCHES:
+        if _at(c, path) not in (True, False, MISSING):
+            raise ConfigError(f"{path} must be true or false, not {_at(c, path)}")
+
+
+MISSING = object()
+
+
+def _at(c, path):
+    """The value under a dotted name; MISSING where it is not there."""
+    for name in path.split("."):
+        c = c.get(name, MISSING) if isinstance(c, dict) else MISSING
+    return c
+
+
+def _wanted(least, most, kinds):
+    """A limit in words."""
+    noun = "whole number" if "whole" in kinds else "number"
+    if "above" in kinds:
+        text = f"a positive {noun}"
+    else:
+        text = f"a {noun} from {least} " + ("on" if most == math.inf else f"to {most}")
+    return text + " or null" * ("null" in kinds)
+
+
+def check_names(c):
+    """Lists of names, and names of code, that are none."""
+    from training import running
+
+    for key in ["metrics", "tick_hooks", "log", "allow_partial"]:
+        value = c.get(key, [])
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise ConfigError(f"{key} must be a list of names, not {json.dumps(value)}")
+    running.check_metrics(c.metrics)
+    running.check_trackers(c.get("log", []))
+    for key in [*c.tick_hooks, c.get("transfer")]:
+        if key is not None:
+            check_code(key, key)
+
+
+def check_code(path, name):
+    """ConfigError unless `name` is a dotted name of something that exists; path: the option to blame."""
+    try:
+        dnnlib.util.get_obj_by_name(name)
+    except (ImportError, AttributeError, TypeError, ValueError) as err:
+        raise ConfigError(f"{path}: there is no {name!r} to import ({err})") from err
 
 
 def _values(c, path=""):

@@ -35,3 +35,11 @@ def _nearest(height: int, width: int) -> str:
     while max(height, width) // step > LARGEST:
         step *= 2
     return f"{max(width // step, 1) * step}x{max(height // step, 1) * step}"
+
+
+def network_shapes(data):
+    """What both networks are told of a data set: c_dim, img_resolution, img_channels and, unless pictures are square,
+    img_shape (left out for squares: their pickles keep the family's arguments)."""
+    common = dict(c_dim=data.label_dim, img_resolution=data.resolution, img_channels=data.num_channels)
+    height, width = data.image_shape[1:]
+    return common if height == width else dict(common, img_shape=[height, width])

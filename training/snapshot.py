@@ -5,6 +5,7 @@ here only."""
 import contextlib
 import copy
 import io
+import os
 import pickle
 
 import torch
@@ -75,6 +76,33 @@ def load_network_pkl(source, trust=False, force_fp16=False, only=None):
     wanted = ["G_ema"] if shared else only if only is not None else reading.NETWORK_KEYS
     data = check_snapshot(data, name, wanted)
     return with_fp16(data) if force_fp16 else data
+
+
+_planned = {}  # (path, trust, size and time of change) -> networks that were read to plan a run, for that run
+
+
+def load_planned(path, trust=False):
+    """load_network_pkl, kept for the `take_planned` of this process that follows. One file at a time."""
+    data = load_network_pkl(path, trust=trust)
+    _planned.clear()
+    _planned[_version(path, trust)] = data
+    return data
+
+
+def take_planned(path, trust=False):
+    """The networks that load_planned read, which keeps them no longer; read now where it did not."""
+    data = _planned.pop(_version(path, trust), None)
+    return load_network_pkl(path, trust=trust) if data is None else data
+
+
+def forget_planned():
+    """Frees what load_planned kept, where other processes will read for themselves."""
+    _planned.clear()
+
+
+def _version(path, trust):
+    stat = os.stat(path) if os.path.isfile(path) else None
+    return str(path), bool(trust), stat and (stat.st_size, stat.st_mtime_ns)
 
 
 def check_snapshot(data, name, networks=tuple(reading.NETWORK_KEYS)):

@@ -19,6 +19,7 @@ from torch_utils import custom_ops, distributed, misc, training_stats
 from torch_utils.images import save_image_grid, to_float  # noqa: F401 (as below)
 from training import checkpoint, controllers, phases, snapshot
 from training.hooks import setup_snapshot_image_grid  # noqa: F401 (users of the family find it here)
+from training.shapes import network_shapes
 from training.transfer import coverage_table
 
 CHECKPOINT_SECONDS = 600  # a checkpoint at least this often, whatever --snap says
@@ -302,11 +303,7 @@ class Run:
 
     def _build_networks(self):
         self.say("Constructing networks...")
-        c, data = self.c, self.training_set
-        common = dict(c_dim=data.label_dim, img_resolution=data.resolution, img_channels=data.num_channels)
-        height, width = data.image_shape[1:]
-        if height != width:  # left out for squares: their pickles keep the family's arguments
-            common["img_shape"] = [height, width]
+        c, common = self.c, network_shapes(self.training_set)
         build = dnnlib.util.construct_class_by_name
         self.G = build(**c.G_kwargs, **common).train().requires_grad_(False).to(self.device)
         self.D = build(**c.D_kwargs, **common).train().requires_grad_(False).to(self.device)
@@ -377,8 +374,7 @@ class Run:
 
     def _transfer(self):
         self.say(f'Resuming from "{self.c.resume_pkl}"')
-        source = snapshot.load_network_pkl(self.c.resume_pkl, trust=self.c.resume_trust)
-        snapshot.check_snapshot(source, self.c.resume_pkl)
+        source = snapshot.take_planned(self.c.resume_pkl, trust=self.c.resume_trust)
         nets = [self.G, self.D, self.G_ema]
         rows = dnnlib.util.call_func_by_name(source, *nets, self.c.allow_partial, func_name=self.c.transfer)
         self.say(coverage_table(rows))

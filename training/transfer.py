@@ -4,7 +4,8 @@
 Where the two differ, a tensor may have no counterpart of its shape. Each such tensor belongs to one of four
 differences, which a user allows one by one (--allow-partial):
 
-    resolution  blocks that one side lacks, the layers from and to pictures at its end, sizes of pictures within blocks
+    resolution  blocks that one side lacks, the layers from and to pictures at its end, sizes of pictures within blocks:
+                the constant is resized, bilinearly, and constant noise starts anew
     widths      any other shape: the tensor starts anew, nothing is cut to fit
     mapping     layers of the mapping network that one side lacks
     labels      embedding of labels, what reads it, and the output of a conditional discriminator
@@ -19,8 +20,8 @@ import torch
 CATEGORIES = ("resolution", "widths", "mapping", "labels")
 NEW = "new in this kind of network"  # the category of tensors that need no permission
 
-# What happens to one tensor. what: copied, rescaled, re-initialised or unused. category: one of CATEGORIES, NEW, None
-# where nothing can allow it, '' where all is well. problem: what an error says.
+# What happens to one tensor. what: copied, rescaled, resized, re-initialised or unused. category: one of CATEGORIES,
+# NEW, None where nothing can allow it, '' where all is well. problem: what an error says.
 Row = namedtuple("Row", "name shape what category problem")
 
 
@@ -57,6 +58,9 @@ def copy_networks(pairs, allow=(), fresh=lambda name: False):
             for row in rows[name]:
                 if row.what == "copied":
                     ours[row.name].copy_(theirs[row.name])
+                elif row.what == "resized":
+                    theirs_there = theirs[row.name].to(ours[row.name])
+                    ours[row.name].copy_(_resized(theirs_there, ours[row.name].shape[1:]))
                 elif row.what == "rescaled":
                     _keep_latents(theirs[row.name], ours[row.name], _latent_width(target))
     return rows
@@ -109,6 +113,8 @@ def _other_shape(name, source, target, ours, theirs):
             return "rescaled", "labels"
     if _is_about_labels(name, source, target):
         return "re-initialised", "labels"
+    if name.endswith(".const") and mine[:-2] == other[:-2]:
+        return "resized", "resolution"
     sized = name.endswith((".const", ".noise_const")) and mine[-2:] != other[-2:]
     sized |= name == "b4.fc.weight" and ours["b4.conv.weight"] == theirs.get("b4.conv.weight")
     return "re-initialised", "resolution" if sized else "widths"
@@ -132,6 +138,12 @@ def _keep_latents(theirs, ours, width):
     compute what they did, with no label (the runtime gain is 1 / sqrt(I)); the others start at zero."""
     ours.zero_()
     ours[:, :width] = theirs[:, :width] * math.sqrt(ours.shape[1] / theirs.shape[1])
+
+
+def _resized(const, shape):
+    """A constant [C,h,w] for pictures of other sides, its borders in place."""
+    size = tuple(shape)
+    return torch.nn.functional.interpolate(const[None], size, mode="bilinear", align_corners=True)[0]
 
 
 def _tensors(network):
@@ -173,7 +185,11 @@ def _check(rows_by_net, allow):
 
 def coverage_table(rows_by_net):
     """Text of how many tensors and values of each network were copied, start anew, or are left behind, and which."""
-    columns = {"copied": ["copied", "rescaled"], "re-initialised": ["re-initialised"], "unused": ["unused"]}
+    columns = {
+        "copied": ["copied", "rescaled", "resized"],
+        "re-initialised": ["re-initialised"],
+        "unused": ["unused"],
+    }
     lines = ["network   " + "".join(f"{title:>15}{'values':>12}" for title in columns)]
     groups = {}  # (names of tensors, what, category) -> networks
     for net, rows in rows_by_net.items():

@@ -391,7 +391,7 @@ def test_ldbr_dist_of_two_grids(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"influence_2x2.png", "influence_4x4.png"}
 
 
-def test_floor_of_two_grids(tmp_path, monkeypatch):
+def test_floor_of_two_grids(tmp_path, monkeypatch, own_cache):
     """Each grid is held against the variance that it moves: a local one attains its floor of zero, a symmetric leak
     attains its floor, and the shares are those of the variances."""
     import PIL.Image

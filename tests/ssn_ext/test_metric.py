@@ -13,6 +13,7 @@ from metrics import metric_main
 from ssn_ext import metric
 
 load_plugins()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 class LinearMapping(torch.nn.Module):

@@ -49,6 +49,7 @@ FILES = {
     ".DS_Store": b"macOS",
     "b/._9.png": b"macOS",
     ".git/1.png": b"hidden",
+    "__MACOSX/b/9.png": b"hidden",
     "notes.txt": b"",
     "b/README": b"",
     "b/photo.heic": b"",

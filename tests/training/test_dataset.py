@@ -130,7 +130,14 @@ def test_images_of_another_shape_than_promised_are_our_mistake():
 def test_folder_and_zip_give_the_same_pixels_in_the_order_of_names(tmp_path, as_zip, shape):
     path = folder(tmp_path / "faces", shape=shape)
     (path / "notes.txt").write_text("not a picture")
-    (path / "00000" / "._img00000000.png").write_text("a macOS companion")
+    for hidden in (
+        "00000/._img00000000.png",
+        ".ipynb_checkpoints/0.png",
+        "__MACOSX/00000/1.png",
+        "00000/.git/2.png",
+    ):
+        (path / hidden).parent.mkdir(exist_ok=True, parents=True)
+        (path / hidden).write_text("not a picture either")
     if as_zip:
         path = zipped(tmp_path / "faces.ZIP", path)
     data = ImageFolderDataset(str(path))

@@ -107,6 +107,8 @@ def test_one_difference(setting, back, grid):
         for name, t in mine.items():
             if name in given and given[name].shape == t.shape:
                 assert torch.equal(t, given[name]) and by_name[name].what == "copied", name
+            elif by_name[name].what == "resized":
+                assert name.endswith("b4.const") and by_name[name].category == category
             elif by_name[name].what != "rescaled":
                 assert torch.equal(t, had[name]) and by_name[name].what == "re-initialised", name
                 assert by_name[name].category == category
@@ -130,7 +132,8 @@ def test_square_from_another_shape():
     """All but what has one value per pixel is copied."""
     rows = start(networks(shape=[16, 24]), networks(), ["resolution"])
     own = names(rows, "G", "re-initialised")
-    assert {name.rsplit(".", 1)[1] for name in own} == {"const", "noise_const"} and len(own) == 1 + 5
+    assert {name.rsplit(".", 1)[1] for name in own} == {"noise_const"} and len(own) == 5
+    assert names(rows, "G", "resized") == {"synthesis.b4.const"}
     assert names(rows, "D", "re-initialised") == {"b4.fc.weight"}
 
 
@@ -283,16 +286,31 @@ class Shapes(torch.nn.Module):
         self.__dict__.update(attributes)
 
 
-@pytest.mark.parametrize("name,mine,other,category", [
-    ("synthesis.b4.const", [8, 4, 4], [8, 4, 6], "resolution"),
-    ("synthesis.b4.const", [8, 4, 4], [9, 4, 4], "widths"),
-    ("synthesis.b8.conv0.noise_const", [8, 8], [8, 12], "resolution"),
-    ("synthesis.b8.conv0.weight", [8, 8, 3, 3], [8, 8, 1, 1], "widths"),
-    ("mapping.w_avg", [8], [9], "widths"),
+@pytest.mark.parametrize("name,mine,other,what,category", [
+    ("synthesis.b4.const", [8, 4, 4], [8, 4, 6], "resized", "resolution"),
+    ("synthesis.b4.const", [8, 4, 4], [9, 4, 4], "re-initialised", "widths"),
+    ("synthesis.b4.const", [8, 4, 4], [9, 4, 6], "re-initialised", "resolution"),
+    ("synthesis.b8.conv0.noise_const", [8, 8], [8, 12], "re-initialised", "resolution"),
+    ("synthesis.b8.conv0.weight", [8, 8, 3, 3], [8, 8, 1, 1], "re-initialised", "widths"),
+    ("mapping.w_avg", [8], [9], "re-initialised", "widths"),
 ])  # fmt: skip
-def test_categories_of_shapes(name, mine, other, category):
+def test_categories_of_shapes(name, mine, other, what, category):
     target, source = (Shapes({name: shape}, z_dim=8) for shape in (mine, other))
-    assert [row[2:4] for row in transfer.match(source, target)] == [("re-initialised", category)]
+    assert [row[2:4] for row in transfer.match(source, target)] == [(what, category)]
+
+
+def test_the_constant_is_resized():
+    """A plane stays that plane, its borders in place; and only with permission."""
+    source, target = Shapes({"b4.const": [2, 4, 4]}), Shapes({"b4.const": [2, 4, 7]})
+    plane = torch.arange(4)[:, None] * 2 + torch.arange(4.0) * 10
+    with torch.no_grad():
+        source.b4.const.copy_(torch.stack([plane, -plane]))
+    with pytest.raises(transfer.CoverageError, match="--allow-partial=resolution$"):
+        transfer.copy_networks({"G": (source, target)})
+    rows = transfer.copy_networks({"G": (source, target)}, ["resolution"])
+    expected = torch.arange(4)[:, None] * 2 + torch.arange(7) * 5.0
+    torch.testing.assert_close(target.b4.const.detach(), torch.stack([expected, -expected]))
+    assert transfer.coverage_table(rows).splitlines()[2] == "G resized (resolution): b4.const"
 
 
 @pytest.mark.parametrize("theirs,category", [(8, "resolution"), (9, "widths")])
