@@ -28,7 +28,8 @@ def ldbr_floor(opts):
 
     Results: ldbr_floor (of the data) and _lower (its certified lower bound), ldbr_floor_own (of the
     generator's covariance), _efficiency = own floor / distortion, _kept = share of the data's covariance that
-    the generator kept, _distortion and _inside as ldbr_dist gives them. docs/limit.md explains them. Of several
+    the generator kept, _distortion and _inside as ldbr_dist gives them, _order = the mean order (1: a sum of
+    functions of one block each). docs/limit.md explains them. Of several
     grids, all but _kept for each grid, as ldbr_floor_8x8; ldbr_floor_own_8x8 is then the floor of the variance that
     this grid moves, and ldbr_floor_share_8x8 the share of all variance that it is. The floor of the data is kept in
     the cache of the metrics.
@@ -50,17 +51,25 @@ def ldbr_floor(opts):
     for number, matrices in metric.influence_by_grid(opts, G).items():
         grid = grids_of(G)[number]
         change = metric.summarise_influence(matrices, grid, shape_of(G))
-        changes = dict(distortion=change["ldbr_dist"], inside=change["ldbr_dist_inside"])
         space = spaces.open_space("mse", grid, dataset.image_shape)
         of_data = floor_of_data(opts, dataset, number, G, "mse", space)
         moved = spaces.floor_of(
             space, moved_values(opts, G, number, space), None, progress=reporter(opts, G, number, "own floor")
         )[0]
+        changes = dict(distortion=change["ldbr_dist"], inside=change["ldbr_dist_inside"])
+        changes["order"] = mean_order(matrices, space.shares, moved.trace)
         share = moved.trace / float(space.values(made).double().var(dim=0, correction=0).sum())
         result.update(results(opts, G, number, "ldbr_floor", of_data, moved, changes, share))
     result["ldbr_floor_kept"] = covariance.kept_covariance(samples_generator=made, samples_data=data)
     opts.details.num_latents = metric.NUM_LATENTS
     return result
+
+
+def mean_order(matrices, shares, trace):
+    """sum_a E|y - y^a|^2 / (2 tr C), the mean number of blocks that a unit of variance hangs on, from influence
+    matrices [N, B, B], the blocks' shares of the picture and the variance of a value (or what one grid moves of it)."""
+    total = matrices.double().mean(dim=0) @ torch.tensor(shares, dtype=torch.float64)  # [B]
+    return float(total.sum()) / (2 * trace) if trace > 0 else 1.0
 
 
 def ldbr_floor_emd(opts):

@@ -17,6 +17,7 @@ SHOWN = {
     "ldbr_dist_locality": "locality",
     "ldbr_floor_own": "own floor",
     "ldbr_floor_efficiency": "efficiency",
+    "ldbr_floor_order": "order",
     "ldbr_floor_kept": "kept",
     "ldbr_floor": "data floor",
 }

@@ -12,8 +12,10 @@ from dnnlib.plugins import load_plugins
 from metrics import metric_main
 from ssn_ext import floor_metric, metric, spaces
 from ssn_ext.blocks import block_masks
+from ssn_ext.distortion import block_change
 from ssn_ext.floor import ldbr_floor
 from tests.ssn_ext.test_grids import TwoScales
+from tests.ssn_ext.test_loss import Polynomial
 from tests.ssn_ext.test_metric import LinearGenerator
 
 load_plugins()
@@ -206,3 +208,30 @@ def test_colours_of_two_grids(folder, monkeypatch):
             for key in ["", "_own", "_distortion", "_inside"]:
                 expected = mse[f"ldbr_floor{key}_{grid}"]
                 assert emd[f"ldbr_floor_emd{key}_{grid}"] == pytest.approx(expected, rel=2e-3, abs=1e-7)
+
+
+def test_mean_order_of_a_polynomial():
+    """sum |S| tr C_S / tr C of Hoeffding parts that are known, from the influence of each block."""
+    G = Polynomial()
+    torch.manual_seed(0)
+    z, fresh = torch.randn([2, 40000, 4])
+    masks = block_masks([2, 2], [4, 4])
+    before, rows = G(z[:, None]), []
+    for a in range(4):
+        edited = torch.where(torch.arange(4) == a, fresh, z)
+        rows.append(block_change(before, G(edited[:, None]), masks))
+    found = floor_metric.mean_order(
+        torch.stack(rows, dim=1), [0.25] * 4, float(before.var(dim=0, correction=0).mean())
+    )
+    sizes = {1: float(G.A.square().sum()), 2: float(G.P.square().sum()), 3: float(G.Q.square().sum())}
+    want = sum(order * size for order, size in sizes.items()) / sum(sizes.values())
+    assert 1.2 < want and found == pytest.approx(want, rel=0.02)
+    G.P, G.Q = torch.zeros(2, 4, 4)
+    linear = [
+        block_change(G(z[:, None]), G(torch.where(torch.arange(4) == a, fresh, z)[:, None]), masks)
+        for a in range(4)
+    ]
+    trace = float(G(z[:, None]).var(dim=0, correction=0).mean())
+    assert floor_metric.mean_order(torch.stack(linear, dim=1), [0.25] * 4, trace) == pytest.approx(
+        1, rel=0.02
+    )
