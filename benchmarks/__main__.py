@@ -4,8 +4,10 @@
 import datetime
 import os
 import platform
+import subprocess
 
 import click
+from click.core import ParameterSource
 
 from benchmarks.scaling import AXES
 from dnnlib.cli import CommaList, user_errors
@@ -21,15 +23,44 @@ Examples:
 
 
 def configuration(ctx):
-    """Lines that say on what machine, with what software and options a table was made."""
+    """Lines that say with what command, on what machine, with what software and options a table was made."""
     import torch
 
     options = ", ".join(f"{name}={value}" for name, value in ctx.params.items() if value not in (None, []))
     return [
+        f"- command: {_command(ctx)}",
+        f"- commit: {_commit()}",
         f"- processor: {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
         f"- Python {platform.python_version()}, PyTorch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
         f"- options: {options}",
     ]
+
+
+def _command(ctx):
+    """What was typed, but for `--out`."""
+    words = ["python -m benchmarks", *([ctx.info_name] if ctx.parent is not None else [])]
+    for option in ctx.command.params:
+        value = ctx.params.get(option.name)
+        if ctx.get_parameter_source(option.name) != ParameterSource.COMMANDLINE or option.name == "out":
+            continue
+        if isinstance(value, bool):
+            words.append((option.opts if value else option.secondary_opts)[0])
+        else:
+            words.append(f"{option.opts[0]}={','.join(value) if isinstance(value, list | tuple) else value}")
+    return " ".join(words)
+
+
+def _commit():
+    """The commit of this code, and whether files that git follows are other than in it."""
+    git = ["git", "-C", os.path.dirname(os.path.dirname(os.path.abspath(__file__)))]
+    try:
+        done = [
+            subprocess.run([*git, *args], capture_output=True, text=True, check=True).stdout.strip()
+            for args in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done[0] + (" with changes" if done[1] else "")
 
 
 def _processor():
@@ -103,7 +134,7 @@ def check_names(option, values, known):
 )
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option(
-    "--rounds", type=click.IntRange(min=1), default=7, show_default=True, help="Times every case runs"
+    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Times every case runs"
 )
 @click.option("--quick", is_flag=True, help="Two rounds: a first impression")
 @shared_options
@@ -148,7 +179,7 @@ def main(
             f"Matrix product of the machine: {', '.join(rates)}; copy: {machine.copy_rate / 1e9:.1f} GB/s",
             "",
         ]
-        finish(ctx, "speed", [*lines, *measure.table(rows, machine)], out)
+        finish(ctx, "speed", [*lines, *measure.table(rows, machine), *measure.ratio_table(rows)], out)
 
 
 @main.command(context_settings=dict(max_content_width=120))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `python -m benchmarks` times: groups of cases, each made by a function of the Settings."""
 
+import copy
 import os
 from dataclasses import dataclass
 
@@ -64,8 +65,18 @@ def generator(settings: Settings) -> list[Case]:
         G = make_generator(kind, resolution, settings.channel_base or 16384, settings).eval()
         z = torch.randn(batch, G.z_dim)
         run = torch.no_grad()(lambda G=G, z=z: G(z, None))
-        name = f"generator {kind} {resolution}x{resolution}, batch {batch}"
-        cases.append(Case(name, run, batch, COUNT, dtype=settings.dtype))
+        tail = f"{resolution}x{resolution}, batch {batch}"
+        base = f"generator stylegan2 {tail}"
+        name = f"generator {kind} {tail}"
+        cases.append(Case(name, run, batch, COUNT, dtype=settings.dtype, base="" if name == base else base))
+        if kind != "stylegan2":  # what demodulation costs: the same network without
+            bare = copy.deepcopy(G)
+            for layer in bare.modules():
+                if hasattr(layer, "demodulation"):
+                    layer.demodulation = None
+            run = torch.no_grad()(lambda G=bare, z=z: G(z, None))
+            name, base = f"generator {kind} without demodulation {tail}", name
+            cases.append(Case(name, run, batch, COUNT, dtype=settings.dtype, base=base))
     return cases
 
 
@@ -79,7 +90,10 @@ def training(settings: Settings) -> list[Case]:
             channel_base = settings.channel_base or channel_base
         for kind in settings.kinds:
             title = f"training step {name} {kind} {resolution}x{resolution}"
-            cases += _phases(title, kind, resolution, channel_base, settings.batch or batch, settings)
+            made = _phases(title, kind, resolution, channel_base, settings.batch or batch, settings)
+            for case in made if kind != "stylegan2" else []:
+                case.base = f"training step {name} stylegan2 {resolution}x{resolution}"
+            cases += made
         if name == "custom":
             break
     return cases

@@ -66,15 +66,17 @@ def count_flops(run: Callable[[], object]) -> int:
 class Case:
     """One thing to time. run: does it once. items: how many pictures (or steps) that is. flops: of one run, None
     where it makes no sense to count. weight: share of a run in a training step (1 / the phase's interval). total:
-    the name of the sum that the case is part of, or ''. dtype: whose matrix rate it is compared with."""
+    the name of the sum that the case is part of, or ''. base: the name of the case that its time is a multiple of, or
+    ''. dtype: whose matrix rate it is compared with."""
 
     name: str
-    run: Callable[[], object]
+    run: Callable[[], object] | None
     items: int = 1
     flops: int | None = None
     weight: float = 1
     total: str = ""
     dtype: torch.dtype = torch.float32
+    base: str = ""
     seconds: list[float] = field(default_factory=list)
     shares: list[float] = field(default_factory=list)  # of the matrix rate, round by round
 
@@ -118,7 +120,8 @@ def measure(cases: Sequence[Case], machine: Machine, rounds: int) -> None:
     for case in cases:
         if case.flops == 0:
             case.flops = count_flops(case.run)
-        case.run()
+        else:
+            case.run()
     for _ in range(rounds):
         for _ in range(3):
             machine.copy_bandwidth()
@@ -136,7 +139,7 @@ def totals(cases: Sequence[Case]) -> list[Case]:
     for name in dict.fromkeys(case.total for case in cases if case.total):
         parts = [case for case in cases if case.total == name]
         flops = sum(part.flops * part.weight for part in parts)
-        whole = Case(name, lambda: None, parts[0].items, flops, dtype=parts[0].dtype)
+        whole = Case(name, None, parts[0].items, flops, dtype=parts[0].dtype, base=parts[0].base)
         for i in range(len(parts[0].seconds)):
             whole.seconds.append(sum(part.seconds[i] * part.weight for part in parts))
             # seconds the matrix rate of each part's own round would have needed / seconds taken
@@ -147,6 +150,24 @@ def totals(cases: Sequence[Case]) -> list[Case]:
     return sums
 
 
+def ratio_table(cases: Sequence[Case]) -> list[str]:
+    """Lines of a Markdown table of every case that has a base: its time over the base's, the fastest rounds and
+    the median of all rounds. No lines where there is none."""
+    found = {case.name: case for case in cases}
+    lines = []
+    for case in cases:
+        base = found.get(case.base) if not case.total else None
+        if base is not None:
+            best = _best(case) / _best(base)
+            median = statistics.median(a / b for a, b in zip(case.seconds, base.seconds, strict=True))
+            lines.append(f"| {case.name} | {case.base} | {best:.3f} | {median:.3f} |")
+    return ["", "| case | over | best | median |", "|---|---|---|---|", *lines] if lines else []
+
+
+def _best(case):
+    return getattr(case, "best", None) or min(case.seconds)
+
+
 def table(cases: Sequence[Case], machine: Machine) -> list[str]:
     """Lines of a Markdown table, one row a case."""
     lines = [
@@ -154,7 +175,7 @@ def table(cases: Sequence[Case], machine: Machine) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for case in cases:
-        best = getattr(case, "best", None) or min(case.seconds)
+        best = _best(case)
         times = [f"{1e3 * seconds / case.items:.2f}" for seconds in (best, statistics.median(case.seconds))]
         if case.flops is None:
             cells = ["-", *times, "-", "-", "-"]

@@ -168,13 +168,11 @@ def expected_variance(weight, styles, borders="circular", flip_weight=True, ener
     """
     dtype = torch.promote_types(styles.dtype, torch.float32)  # never in half precision
     styles, weight = styles.to(dtype), weight.to(dtype)
-    squares = weight * weight
     if borders == "circular":
         energy = (styles * styles).mean(dim=[2, 3]) if energy is None else energy.to(dtype)
-        squares = squares.flatten(2)  # [O,I,k*k]; a product with ones is faster than a sum over few values
-        return energy.matmul(torch.matmul(squares, squares.new_ones(squares.shape[2])).t())
+        return _energy_through(weight, energy)
     assert borders == "zero_padded", borders
-    energy = styles * styles
+    energy, squares = styles * styles, weight * weight
     if not flip_weight:
         squares = squares.flip([2, 3])
     half = weight.shape[2] // 2
@@ -206,6 +204,19 @@ def repeat_cells(x, times):
         x.shape[0], x.shape[1] * times, x.shape[3] * times, x.shape[5]
     )
     return x.permute(0, 3, 1, 2)
+
+
+def _energy_through(weight, energy):
+    """energy [N,I] times the sums of the taps' squares of weight [O,I,k,k], summed over I -> [N,O].
+
+    One product without those sums as a step between. Without gradients in parts of the weights that stay in a
+    core's cache: the pass over the weights is most of what demodulation costs.
+    """
+    energy = energy.repeat_interleave(weight.shape[2] * weight.shape[3], dim=1)
+    rows = weight.flatten(1)
+    parts = [rows] if torch.is_grad_enabled() else rows.split(max(2**17 // rows.shape[1], 1))
+    sums = [torch.matmul(energy, (part * part).t()) for part in parts]
+    return sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
 
 
 def _rescale_for_half(weight, styles):
@@ -488,10 +499,8 @@ class SpatialSynthesisLayer(torch.nn.Module):
         shape = [side // self.up for side in self.shape]
         misc.assert_shape(x, [None, self.weight.shape[1]] + shape)
         clamp = None if self.conv_clamp is None else self.conv_clamp * gain
-        grids, noise = (
-            style_grids(self.affine, self.encoder_style, w, e),
-            self._noise(x, noise_mode, noise_copies),
-        )
+        grids = style_grids(self.affine, self.encoder_style, w, e)
+        noise = self._noise(x, noise_mode, noise_copies)
         fast = own_kernels is not None and own_kernels.pays(x, self.weight, self.up, self.activation)
         if fast and self.demodulation in (None, "circular"):
             return own_kernels.spatial_layer(
@@ -704,9 +713,7 @@ class SpatialSynthesisNetwork(torch.nn.Module):
         blocks = self.latent_grid[0] * self.latent_grid[1]
         maps = []
         ws = ws.reshape([ws.shape[0], self.num_ws, -1, blocks])
-        ws = (
-            ws.permute(1, 0, 3, 2).contiguous().transpose(2, 3)
-        )  # one copy, so that all maps are channels-last
+        ws = ws.permute(1, 0, 3, 2).contiguous().transpose(2, 3)  # one copy: now all maps are channels-last
         for i, each in enumerate(ws.unbind(dim=0)):
             number = sum(4 * 2 ** (i // 2) >= split for split in self.grid_splits)
             grid = self.latent_grids[number]
