@@ -26,13 +26,13 @@ def configuration(ctx):
     """Lines that say with what command, on what machine, with what software and options a table was made."""
     import torch
 
-    options = ", ".join(f"{name}={value}" for name, value in ctx.params.items() if value not in (None, []))
+    options = {name: value for name, value in ctx.params.items() if value not in (None, []) and name != "out"}
     return [
         f"- command: {_command(ctx)}",
         f"- commit: {_commit()}",
         f"- processor: {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used",
         f"- Python {platform.python_version()}, PyTorch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
-        f"- options: {options}",
+        f"- options: {', '.join(f'{name}={value}' for name, value in options.items())}",
     ]
 
 

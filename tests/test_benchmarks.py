@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """python -m benchmarks: what it counts, how it reckons, what it says to mistakes."""
 
+import re
+
 import pytest
 import torch
 from click.testing import CliRunner
@@ -62,6 +64,18 @@ def test_a_table_is_printed_and_written(tmp_path, monkeypatch):
         "| generator ssn 16x16, batch 2 |" in text and "| dataset, demo 32x32 |" in text and "batch=2" in text
     )
     assert "training" not in text
+    assert "- command: python -m benchmarks --only=dataset,generator --kinds=ssn --resolution=16" in text
+    assert "--quick" in text.split("- commit: ")[0] and "tmp" not in text
+    assert re.search(r"- commit: ([0-9a-f]{7,}( with changes)?|unknown)\n", text)
+    assert "| generator ssn without demodulation 16x16, batch 2 | generator ssn 16x16, batch 2 |" in text
+
+
+def test_ratios_are_of_the_best_and_of_paired_rounds():
+    base = measure.Case("plain", None, seconds=[2.0, 4.0, 4.0])
+    case = measure.Case("ours", None, base="plain", seconds=[3.0, 4.0, 12.0])
+    lines = measure.ratio_table([base, case, measure.Case("other", None, base="not timed", seconds=[1.0])])
+    assert lines[3:] == ["| ours | plain | 1.500 | 1.500 |"]
+    assert measure.ratio_table([base]) == []
 
 
 @pytest.mark.parametrize("args", [["--only=foo"], ["--kinds=foo"], ["scaling", "--only=foo"]])

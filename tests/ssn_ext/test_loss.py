@@ -12,6 +12,7 @@ from ssn_ext.loss import (
     choose_distortion,
     estimate_distortion,
     estimate_interaction,
+    synthesize_alike,
 )
 from ssn_ext.networks import SpatialGenerator
 from training.loss import Batch, StyleGAN2Loss
@@ -281,3 +282,18 @@ def test_a_distortion_trains_the_generator_alone(name):
 def test_an_unknown_distortion_is_refused():
     with pytest.raises(ValueError, match="distortion 'ssim' is not known; there are mse, features, emd"):
         choose_distortion("ssim", [4, 4], None)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2])
+def test_pictures_of_one_batch_are_those_of_several(num_blocks):
+    """With noise: pictures, and the random numbers that are drawn next."""
+    G = tiny(noise=1.0)
+    ws = [G.mapping(torch.randn(3, G.z_dim), None) for _ in range(num_blocks + 1)]
+    found = []
+    for together in (True, False):
+        torch.manual_seed(5)
+        synthesis = (
+            G.synthesis if together else lambda each: G.synthesis(each)
+        )  # a function says nothing of noise
+        found.append((torch.stack(list(synthesize_alike(synthesis, ws))), torch.rand(3)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssn_ext import blocks, transfer
+from ssn_ext import blocks, networks, transfer
 from ssn_ext.networks import (
     SpatialGenerator,
     expected_variance,
@@ -425,3 +425,49 @@ def test_another_grid_resamples_w_avg_only():
     torch.testing.assert_close(T.mapping.w_avg.reshape(24, 4)[:, 3], S.mapping.w_avg.reshape(24, 16)[:, 0])
     for name, p in T.named_parameters():
         assert torch.equal(p, dict(S.named_parameters())[name])
+
+
+@pytest.mark.parametrize("sizes", [[(4, 4)], [(4, 4), (2, 6)], [(8, 8)], [(4, 4), (9, 9)]])
+@pytest.mark.parametrize("shape", [(4, 4), (16, 12), (4, 16)])
+def test_sums_of_maps_and_their_mean_squares(sizes, shape):
+    """Against the maps themselves, gradients of both orders too; (9, 9) is too large for the short way."""
+    torch.manual_seed(0)
+    grids = [torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True) for size in sizes]
+    whole = sum(networks._resize_map(grid, *shape) for grid in grids)
+    torch.testing.assert_close(networks.sum_of_maps(grids, *shape), whole)
+    torch.testing.assert_close(networks.mean_square(grids, *shape), whole.square().mean(dim=[2, 3]))
+    if sizes[0] != (8, 8) and len(sizes) == 2 and shape == (4, 4):
+        for function in (networks.sum_of_maps, networks.mean_square):
+            small = [grid.detach()[:1, :1].requires_grad_() for grid in grids]
+            run = lambda *grids, function=function: function(grids, *shape)  # noqa: E731
+            assert torch.autograd.gradcheck(run, small) and torch.autograd.gradgradcheck(run, small)
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (8, 8), (16, 16)])
+def test_a_layer_is_the_convolution_with_its_whole_map(shape):
+    """The layer knows the mean of its styles' squares from the grids: against the reference, gradients too."""
+    torch.manual_seed(0)
+    layer = networks.SpatialSynthesisLayer(5, 6, 4, resolution=16, encoder_channels=3, use_noise=False)
+    layer.encoder_style.weight.data.normal_()
+    x, w, e = torch.randn(2, 5, 16, 16), torch.randn(2, 4, 4, 4), torch.randn(2, 3, *shape)
+    inputs = [x, w, e, *layer.parameters()]
+    for tensor in inputs:
+        tensor.requires_grad_()
+
+    def reference():
+        direct, corrected = layer.affine(w), layer.encoder_style(e)
+        styles = sum(F.interpolate(each, [16, 16], mode="bilinear") for each in (direct, corrected))
+        sigma = F.conv2d(
+            styles.square().mean(dim=[2, 3], keepdim=True), layer.weight.square().sum([2, 3], True)
+        )
+        y = F.conv2d(x * styles, layer.weight, padding=1) * (sigma + 1e-8).rsqrt()
+        return F.leaky_relu(y + layer.bias[:, None, None], 0.2) * 2**0.5
+
+    def first_and_second(y):
+        first = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), inputs)]
+
+    got, want = layer(x, w, e), reference()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for a, b in zip(first_and_second(got), first_and_second(want), strict=True):
+        assert float((a - b).detach().abs().max()) <= 1e-4 * float(b.detach().abs().max())

@@ -14,6 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from torch_utils.ops import conv2d_gradfix, grid_sample_gradfix, upfirdn2d
+from torch_utils.ops import conv2d_resample as resampled_convolution
 from torch_utils.ops.bias_act import activation_funcs, bias_act
 from torch_utils.ops.conv2d_resample import conv2d_resample
 from torch_utils.ops.fma import fma
@@ -668,3 +669,31 @@ def test_graphs_of_grouped_convolutions():
 
     x = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(torch.jit.trace(call, torch.randn(2, 3, 8, 8))(x), call(x))
+
+
+@pytest.mark.parametrize("up, down", [(2, 1), (1, 2)])
+def test_convolutions_of_few_positions_are_those_of_many(up, down, monkeypatch):
+    """The product of matrices against torch's convolution: values, and gradients of both orders."""
+    f = upfirdn2d.setup_filter([1, 3, 3, 1])
+    x = torch.randn(2, 5, 4, 6, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(4, 5, 3, 3, dtype=torch.float64, requires_grad=True)
+
+    def run(x, w):
+        return conv2d_resample(x, w, f, up=up, down=down, padding=1, flip_weight=up == 1)
+
+    monkeypatch.setattr(resampled_convolution, "_few_positions", lambda *_: False)
+    want = run(x, w)
+    wanted = torch.autograd.grad(want.square().sum(), [x, w])
+    monkeypatch.setattr(resampled_convolution, "_few_positions", lambda *_: True)
+    got = run(x, w)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(torch.autograd.grad(got.square().sum(), [x, w]), wanted)
+    assert torch.autograd.gradcheck(run, [x, w]) and torch.autograd.gradgradcheck(run, [x, w])
+
+
+def test_few_positions_are_counted_against_channels():
+    x, w = torch.randn(2, 5, 4, 4), torch.randn(32, 5, 3, 3)
+    assert resampled_convolution._few_positions(x, w, [4, 4]) and not resampled_convolution._few_positions(
+        x, w, [5, 4]
+    )
+    assert not resampled_convolution._few_positions(x.bfloat16(), w.bfloat16(), [4, 4])

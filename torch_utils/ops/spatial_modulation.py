@@ -64,7 +64,11 @@ def mean_square(grids, height, width):
         for j, b in enumerate(grids[i:], start=i):
             rows = _overlap(a.shape[2], b.shape[2], height, a.dtype, a.device)
             columns = _overlap(a.shape[3], b.shape[3], width, a.dtype, a.device)
-            product = (a * torch.matmul(torch.matmul(rows, b), columns.t())).sum(dim=[2, 3])
+            if max(a[0, 0].numel(), b[0, 0].numel()) <= 64:  # one product instead of many small ones
+                seen = torch.matmul(torch.kron(rows, columns), b.flatten(2).transpose(1, 2))  # [N,h*w,C]
+                product = (a.flatten(2).transpose(1, 2) * seen).sum(dim=1)
+            else:
+                product = (a * torch.matmul(torch.matmul(rows, b), columns.t())).sum(dim=[2, 3])
             total = total + (product if i == j else 2 * product)
     return (total / (height * width)).clamp(min=0)  # rounding may leave a small negative number
 
