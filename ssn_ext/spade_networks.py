@@ -93,10 +93,13 @@ class PointwiseLayer(torch.nn.Module):
     def forward(self, x):
         """x [N,I,h,w] -> [N,O,h,w]."""
         height, width = x.shape[2], x.shape[3]
-        bias = None if self.bias is None else self.bias * self.bias_gain
-        x = x.flatten(2).transpose(1, 2)  # [N,h*w,I]: one matrix product for all samples and positions
-        x = torch.nn.functional.linear(x, self.weight * self.weight_gain, bias)
-        x = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)  # a view, channels-last
+        num, channels = x.shape[0], x.shape[1]
+        x = x.permute(0, 2, 3, 1).reshape(-1, channels)  # one matrix product for all samples and positions
+        if self.bias is None:
+            x = torch.matmul(x, self.weight.t()) * self.weight_gain
+        else:  # both gains ride along in it
+            x = torch.addmm(self.bias, x, self.weight.t(), beta=self.bias_gain, alpha=self.weight_gain)
+        x = x.reshape(num, height, width, x.shape[1]).permute(0, 3, 1, 2)  # a view, channels-last
         return x if self.activation == "linear" else bias_act.bias_act(x, act=self.activation)
 
 
