@@ -36,7 +36,7 @@ def register():
     add_option(
         "--lambda-interaction",
         desc="interaction{:g}",
-        type=click.FloatRange(min=0),
+        type=FiniteRange(min=0),
         metavar="FLOAT",
         help="Weight of what a re-drawn block's change owes to the other blocks: more efficient edits at no price in"
         " covariance; the regulariser takes twice the time  [default: 0]",
