@@ -6,7 +6,7 @@ import os
 
 import click
 
-from dnnlib.cli import Finite, NumRange, OutDir, user_errors
+from dnnlib.cli import Finite, FiniteRange, NumRange, OutDir, user_errors
 from training.configs import demo_file
 
 DEMO_NETWORK = demo_file("lorelei32.pkl")
@@ -23,7 +23,7 @@ OPTIONS = [
                  help="Re-draw these: 5,6 / 4-7 / row1 / rows0-1 / col2 / cols1-2 / all; of several grids"
                       " 0:5,6,1:row0"),
     click.Option(["--mask"], type=FILE, help="Re-draw the blocks that are white in this picture"),
-    click.Option(["--mask-coverage"], type=click.FloatRange(0, 1, max_open=True), default=0.0,
+    click.Option(["--mask-coverage"], type=FiniteRange(0, 1, max_open=True), default=0.0,
                  show_default=True, help="Only blocks of which more than this share is white"),
     click.Option(["--label"], type=NumRange(), metavar="LIST",
                  help="--mask is a label map, grey or with a palette: re-draw where it has these values"),

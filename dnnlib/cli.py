@@ -72,6 +72,17 @@ class Finite(click.types.FloatParamType):
         return number
 
 
+class FiniteRange(click.FloatRange):
+    """click.FloatRange, which takes nan and, without a maximum, inf for numbers in it."""
+
+    def convert(self, value, param, ctx):
+        """The number as a float."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
 @contextlib.contextmanager
 def user_errors():
     """Turns what a user can cause (ValueError, OSError, a broken plug-in) into one line on stderr and exit status 1."""

@@ -20,7 +20,7 @@ from typing import Any
 import click
 import torch
 
-from dnnlib.cli import user_errors
+from dnnlib.cli import FiniteRange, user_errors
 from ssn_ext.blocks import parse_grid
 from ssn_ext.covariance import factorise, kept_covariance
 
@@ -360,12 +360,8 @@ def _grid_option(ctx: click.Context, param: click.Parameter, value: str) -> list
     help="Of pixels, of the colours in each block, or of perceptual features at their positions",
 )
 @click.option("--detector", metavar="NAME", help="Whose features  [default: efficientnet-lite0-128]")
-@click.option(
-    "--tolerance", type=click.FloatRange(min=0), default=1e-3, show_default=True, help="Relative gap"
-)
-@click.option(
-    "--cutoff", type=click.FloatRange(0, 1), default=1e-9, show_default=True, help="Least eigenvalue"
-)
+@click.option("--tolerance", type=FiniteRange(min=0), default=1e-3, show_default=True, help="Relative gap")
+@click.option("--cutoff", type=FiniteRange(0, 1), default=1e-9, show_default=True, help="Least eigenvalue")
 @user_errors()
 def main(
     data: str,

@@ -18,7 +18,7 @@ import click
 import numpy as np
 import torch
 
-from dnnlib.cli import NumRange, user_errors
+from dnnlib.cli import Finite, NumRange, user_errors
 from ssn_ext import droplets as droplet_maps
 from ssn_ext import figures, resampling
 from ssn_ext.blocks import parse_blocks, union_mask
@@ -241,7 +241,7 @@ def _options(*extra):
     shared = [
         click.option("--seeds", type=NumRange(), default="0-3", show_default=True, help="Pictures to begin with"),
         *extra,
-        click.option("--trunc", type=float, default=1.0, show_default=True, help="Truncation psi"),
+        click.option("--trunc", type=Finite(), default=1.0, show_default=True, help="Truncation psi"),
         click.option("--class", "class_idx", type=int, help="Class of a conditional network"),
         click.option("--out", metavar="FILE.png", help="Where the picture goes  [default: out/<figure>.png]"),
         click.option("--overwrite", is_flag=True, help="Replace a file that is there"),

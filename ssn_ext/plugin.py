@@ -3,7 +3,7 @@
 
 import click
 
-from dnnlib.cli import NumRange
+from dnnlib.cli import FiniteRange, NumRange
 from metrics.metric_main import METRICS
 from training.configs import CONFIGS, add_option
 from training.formats import NETWORKS
@@ -27,7 +27,7 @@ def register():
     add_option(
         "--lambda-d",
         desc="lambda{:g}",
-        type=click.FloatRange(min=0),
+        type=FiniteRange(min=0),
         metavar="FLOAT",
         help="Weight of the distortion regulariser; 0 turns it off. 100 is the paper's for photographs, flat drawings"
         " want 1 to 10  [default: 100]",
@@ -36,7 +36,7 @@ def register():
     add_option(
         "--lambda-interaction",
         desc="interaction{:g}",
-        type=click.FloatRange(min=0),
+        type=FiniteRange(min=0),
         metavar="FLOAT",
         help="Weight of what a re-drawn block's change owes to the other blocks: more efficient edits at no price in"
         " covariance; the regulariser takes twice the time  [default: 0]",
@@ -61,7 +61,7 @@ def register():
     add_option(
         "--pl-block-beta",
         desc="plblock{:g}",
-        type=click.FloatRange(min=0, min_open=True),
+        type=FiniteRange(min=0, min_open=True),
         metavar="FLOAT",
         help="Path lengths by block, appendix B of the paper (a negative result there): w of a block moves the other"
         " blocks at this part of its own one's rate  [default: StyleGAN2's path lengths]",

@@ -587,9 +587,10 @@ def test_a_file_with_the_average_alone_cannot_be_trained_on(stylegan2_pkl, tmp_p
 
 
 def test_allow_partial(stylegan2_pkl):
-    c = plan(f"--resume={stylegan2_pkl}", "--allow-partial=mapping, labels")
+    c = plan(f"--resume={stylegan2_pkl}", "--cfg=ssn", "--allow-partial=mapping, labels")
     assert c["allow_partial"] == c["command"]["allow_partial"] == ["mapping", "labels"]
-    assert "allow_partial" not in plan(f"--resume={stylegan2_pkl}")
+    assert "allow_partial" not in plan(f"--resume={stylegan2_pkl}", "--cfg=ssn")
+    assert error(f"--resume={stylegan2_pkl}").endswith("--allow-partial=widths,mapping")
     assert error(f"--resume={stylegan2_pkl}", "--allow-partial=mapping,depth") == (
         "--allow-partial=depth is not known; there are resolution, widths, mapping, labels"
     )

@@ -82,8 +82,9 @@ _planned = {}  # (path, trust, size and time of change) -> networks that were re
 
 
 def load_planned(path, trust=False):
-    """load_network_pkl, kept for the `take_planned` of this process that follows. One file at a time."""
-    data = load_network_pkl(path, trust=trust)
+    """What load_network_pkl reads, all networks, kept for the `take_planned` of this process that follows. One file at
+    a time."""
+    data = check_snapshot(load_network_pkl(path, trust=trust), path)
     _planned.clear()
     _planned[_version(path, trust)] = data
     return data
@@ -92,7 +93,7 @@ def load_planned(path, trust=False):
 def take_planned(path, trust=False):
     """The networks that load_planned read, which keeps them no longer; read now where it did not."""
     data = _planned.pop(_version(path, trust), None)
-    return load_network_pkl(path, trust=trust) if data is None else data
+    return check_snapshot(load_network_pkl(path, trust=trust), path) if data is None else data
 
 
 def forget_planned():

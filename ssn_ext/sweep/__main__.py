@@ -11,7 +11,7 @@ import threading
 import click
 
 import dnnlib
-from dnnlib.cli import CommaList, NumRange, user_errors
+from dnnlib.cli import CommaList, FiniteRange, NumRange, user_errors
 from dnnlib.plugins import load_plugins
 from metrics import metric_main
 from ssn_ext.sweep import plan, plot, table, work
@@ -166,7 +166,7 @@ class Lambdas(click.ParamType):
 )
 @click.option(
     "--images-per-second",
-    type=click.FloatRange(min=0, min_open=True),
+    type=FiniteRange(min=0, min_open=True),
     metavar="FLOAT",
     help="Speed for the plan  [default: measured in a few steps]",
 )

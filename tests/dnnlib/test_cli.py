@@ -7,7 +7,7 @@ import sys
 import click
 import pytest
 
-from dnnlib.cli import progress, user_errors
+from dnnlib.cli import Finite, FiniteRange, progress, user_errors
 from dnnlib.plugins import PluginError
 
 
@@ -41,3 +41,18 @@ def test_what_a_user_causes_is_one_line(error):
 def test_what_we_cause_is_not_hidden():
     with pytest.raises(TypeError), user_errors():
         raise TypeError
+
+
+@pytest.mark.parametrize("kind", [Finite(), FiniteRange(0, 10), FiniteRange(min=0)])
+def test_numbers_that_are_none_are_refused(kind):
+    assert kind.convert("2.5", None, None) == 2.5
+    for text in ("nan", "inf", "-inf", "x"):
+        with pytest.raises(click.BadParameter):
+            kind.convert(text, None, None)
+
+
+def test_a_finite_range_is_a_range():
+    with pytest.raises(click.BadParameter, match="not in the range"):
+        FiniteRange(0, 1, max_open=True).convert("1", None, None)
+    with pytest.raises(click.BadParameter, match="^nan is not a finite number"):
+        FiniteRange(0, 1).convert("nan", None, None)

@@ -254,6 +254,8 @@ def test_the_command_says_what_is_wrong(folder):
         (["--distortion=features", f"--detector={folder}"], "does not say where in the picture"),
         (["--distortion=features", "--detector=nothing"], "is neither a file"),
         (["--grid=8x8"], "smaller than its 8x8 grid"),
+        (["--tolerance=nan"], "nan is not a finite number"),
+        (["--cutoff=nan"], "nan is not a finite number"),
     ]:
         outcome = CliRunner().invoke(main, [f"--data={folder}", *arguments])
         assert outcome.exit_code in (1, 2) and message in outcome.output, outcome.output
