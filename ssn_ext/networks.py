@@ -116,8 +116,9 @@ def _resize_matrices(shapes, height, width, dtype, device):
             matrix = torch.cat([x.flatten(1) for x in units]).t().contiguous()
             gram = matrix.t().matmul(matrix) / (height * width)
             made = (matrix.to(dtype=dtype, device=device), gram.to(dtype=dtype, device=device))
-        if type(matrix) is not torch.Tensor or (hasattr(matrix, "is_inference") and matrix.is_inference()):
-            return made  # stand-ins of torch.export, or ones that later gradients could not use
+        stand_in = type(matrix) is not torch.Tensor or torch.jit.is_tracing()
+        if stand_in or (hasattr(matrix, "is_inference") and matrix.is_inference()):
+            return made  # they belong to torch.export or torch.jit.trace, or could not be used by later gradients
         _matrices[key] = made
     return _matrices[key]
 
@@ -212,11 +213,12 @@ def _energy_through(weight, energy):
     One product without those sums as a step between. Without gradients in parts of the weights that stay in a
     core's cache: the pass over the weights is most of what demodulation costs.
     """
-    energy = energy.repeat_interleave(weight.shape[2] * weight.shape[3], dim=1)
+    energy = energy[:, :, None].expand(-1, -1, weight.shape[2] * weight.shape[3]).flatten(1)  # for every tap
     rows = weight.flatten(1)
-    parts = [rows] if torch.is_grad_enabled() else rows.split(max(2**17 // rows.shape[1], 1))
-    sums = [torch.matmul(energy, (part * part).t()) for part in parts]
-    return sums[0] if len(sums) == 1 else torch.cat(sums, dim=1)
+    if torch.is_grad_enabled() or torch.jit.is_tracing():
+        return torch.matmul(energy, (rows * rows).t())
+    parts = rows.split(max(2**17 // rows.shape[1], 1))
+    return torch.cat([torch.matmul(energy, (part * part).t()) for part in parts], dim=1)
 
 
 def _rescale_for_half(weight, styles):
