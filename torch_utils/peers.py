@@ -153,7 +153,7 @@ class Team:
             text = f"process {self.place.rank} has failed ({type(error).__name__}: {first_line(error)})"
             with contextlib.suppress(RuntimeError):
                 self.store.set("failed", text)
-            atexit.register(_exit_now, exit_code(error))
+            atexit.register(exit_now, exit_code(error))
 
     def why_lost(self, error: BaseException) -> str:
         """What is known of a process whose connection broke with this error."""
@@ -169,8 +169,8 @@ def exit_code(error: BaseException) -> int:
     return code if isinstance(code, int) else 1
 
 
-def _exit_now(code):
-    """Ends the process after its last message: threads of a broken group can abort an ordinary end."""
+def exit_now(code: int) -> None:
+    """Ends the process after its last message: threads of a group that is broken or left can abort an ordinary end."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
