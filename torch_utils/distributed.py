@@ -334,7 +334,9 @@ def _work(rank, fn, world_size, init_method, device_type, args, folder):
     if rank == 0:
         with open(os.path.join(folder, "result"), "wb") as f:
             pickle.dump(result, f)
-    atexit.register(peers.exit_now, 0)  # without taking the group down, which now and then aborts (seen with gloo)
+    atexit.register(
+        peers.exit_now, 0
+    )  # without taking the group down, which now and then aborts (seen with gloo)
 
 
 def _prepare_memory(device_type: str) -> None:
