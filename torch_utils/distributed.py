@@ -334,9 +334,8 @@ def _work(rank, fn, world_size, init_method, device_type, args, folder):
     if rank == 0:
         with open(os.path.join(folder, "result"), "wb") as f:
             pickle.dump(result, f)
-    atexit.register(
-        peers.exit_now, 0
-    )  # without taking the group down, which now and then aborts (seen with gloo)
+    # Taking the group down now and then aborts (seen with gloo); the process ends without it.
+    atexit.register(peers.exit_now, 0)
 
 
 def _prepare_memory(device_type: str) -> None:
