@@ -7,7 +7,7 @@ import warnings
 import click
 
 import dnnlib
-from dnnlib.cli import CommaList
+from dnnlib.cli import DEVICE, TRUST_PICKLE, CommaList
 from dnnlib.plugins import PluginError, load_plugins, own_class
 from metrics import metric_main
 from training.configs import demo_file, resolve_resume
@@ -47,9 +47,7 @@ def plug_in():
     required=True,
     help="Snapshot to evaluate: file, URL or shorthand (ffhq256 ...)",
 )
-@click.option(
-    "--trust-pickle", is_flag=True, help="Run the code that --network holds; only for files that you trust"
-)
+@click.option("--trust-pickle", **TRUST_PICKLE)
 @click.option(
     "--metrics",
     type=CommaList(),
@@ -62,13 +60,7 @@ def plug_in():
 )
 @click.option("--mirror", type=bool, metavar="BOOL", help="Mirror the real images  [default: as trained]")
 @click.option("--gpus", type=int, metavar="INT", help="Processes; 0 = CPU  [default: 1]")
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Where to compute: auto takes CUDA where there is one",
-)
+@click.option("--device", **DEVICE)
 @click.option(
     "--detector",
     metavar="PATH|NAME",

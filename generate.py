@@ -3,7 +3,7 @@
 
 import click
 
-from dnnlib.cli import Finite, NumRange, OutDir, user_errors
+from dnnlib.cli import DEVICE, TRUST_PICKLE, Finite, NumRange, OutDir, user_errors
 
 FILE = click.Path(exists=True, dir_okay=False)
 COMMON = [
@@ -14,10 +14,8 @@ COMMON = [
     click.Option(["--class", "class_idx"], type=int, help="Class of a conditional network"),
     click.Option(["--noise-mode"], type=click.Choice(["const", "random", "none"]), default="const",
                  show_default=True, help="random: drawn from the picture's seed"),
-    click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-                 help="Where to compute; auto: on a GPU where there is one"),
-    click.Option(["--trust-pickle"], is_flag=True,
-                 help="Run the code that --network holds; only for files that you trust"),
+    click.Option(["--device"], **DEVICE),
+    click.Option(["--trust-pickle"], **TRUST_PICKLE),
     click.Option(["--overwrite"], is_flag=True, help="Replace files that are there already"),
 ]  # fmt: skip
 

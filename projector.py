@@ -6,7 +6,7 @@ import time
 
 import click
 
-from dnnlib.cli import OutDir, progress, user_errors
+from dnnlib.cli import DEVICE, TRUST_PICKLE, OutDir, progress, user_errors
 
 FPS = 10
 FILE = click.Path(exists=True, dir_okay=False)
@@ -29,10 +29,8 @@ OPTIONS = [
                  help="Feature detector: folder with NVIDIA's vgg16.pt, a TorchScript file, or efficientnet-lite0,"
                  " which works offline  [default: NVIDIA's, by URL]"),
     click.Option(["--class", "class_idx"], type=int, help="Class of a conditional network"),
-    click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-                 help="Where to compute; auto: on a GPU where there is one"),
-    click.Option(["--trust-pickle"], is_flag=True,
-                 help="Run the code that --network holds; only for files that you trust"),
+    click.Option(["--device"], **DEVICE),
+    click.Option(["--trust-pickle"], **TRUST_PICKLE),
     click.Option(["--overwrite"], is_flag=True, help="Replace files that are there already"),
 ]  # fmt: skip
 HELP = """Find the latents with which a network makes a given picture.

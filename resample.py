@@ -6,7 +6,7 @@ import os
 
 import click
 
-from dnnlib.cli import Finite, FiniteRange, NumRange, OutDir, user_errors
+from dnnlib.cli import DEVICE, TRUST_PICKLE, Finite, FiniteRange, NumRange, OutDir, user_errors
 from training.configs import demo_file
 
 DEMO_NETWORK = demo_file("lorelei32.pkl")
@@ -42,12 +42,10 @@ OPTIONS = [
     click.Option(["--trunc"], type=Finite(), help="Truncation psi  [default: 1]"),
     click.Option(["--noise-mode"], type=click.Choice(["const", "random", "none"]), help="[default: const]"),
     click.Option(["--class", "class_idx"], type=int, help="Class of a conditional network"),
-    click.Option(["--trust-pickle"], is_flag=True,
-                 help="Run the code that --network holds; only for files that you trust"),
+    click.Option(["--trust-pickle"], **TRUST_PICKLE),
     click.Option(["--outdir"], type=OutDir(), metavar="DIR", default="out", show_default=True,
                  help="Parent of the folders"),
-    click.Option(["--device"], type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-                 help="Where to compute: auto takes CUDA where there is one"),
+    click.Option(["--device"], **DEVICE),
 ]  # fmt: skip
 
 HELP = """Re-draw chosen blocks of pictures and leave the rest as it is.

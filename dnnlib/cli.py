@@ -61,26 +61,31 @@ class OutDir(click.ParamType):
         return value
 
 
-class Finite(click.types.FloatParamType):
+class _OnlyFinite:
+    """Before a type of float: infinite and nan are mistakes."""
+
+    def convert(self, value, param, ctx):
+        """The number as a float."""
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+class Finite(_OnlyFinite, click.types.FloatParamType):
     """A number, neither infinite nor nan."""
 
-    def convert(self, value, param, ctx):
-        """The number as a float."""
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
+
+class FiniteRange(_OnlyFinite, click.FloatRange):
+    """click.FloatRange, which alone takes nan and, without a maximum, inf for numbers in it."""
 
 
-class FiniteRange(click.FloatRange):
-    """click.FloatRange, which takes nan and, without a maximum, inf for numbers in it."""
-
-    def convert(self, value, param, ctx):
-        """The number as a float."""
-        number = super().convert(value, param, ctx)
-        if not math.isfinite(number):
-            self.fail(f"{value} is not a finite number.", param, ctx)
-        return number
+# Options of several programs: click.option("--device", **DEVICE).
+DEVICE = dict(
+    type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
+    help="Where to compute: auto takes CUDA where there is one",
+)  # fmt: skip
+TRUST_PICKLE = dict(is_flag=True, help="Run the code that --network holds; only for files that you trust")
 
 
 @contextlib.contextmanager

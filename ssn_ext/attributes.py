@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dnnlib.cli import CommaList, user_errors
+from dnnlib.cli import DEVICE, TRUST_PICKLE, CommaList, user_errors
 from dnnlib.util import open_atomic
 from torch_utils.images import to_float
 from training.configs import demo_file
@@ -324,16 +324,8 @@ def train(data, labels, columns, out, steps, seed, overwrite):  # fmt: skip
     "--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of the latents"
 )
 @click.option("--json", "json_file", metavar="FILE", help="Also write all numbers there")
-@click.option(
-    "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
-    default="auto",
-    show_default=True,
-    help="Where to compute: auto takes CUDA where there is one",
-)
-@click.option(
-    "--trust-pickle", is_flag=True, help="Run the code that --network holds; only for files that you trust"
-)
+@click.option("--device", **DEVICE)
+@click.option("--trust-pickle", **TRUST_PICKLE)
 def check(network, classifiers, data, labels, count, seed, json_file, device, trust_pickle):  # fmt: skip
     """Read the attributes of pictures before and after every block was re-drawn."""
     from ssn_ext import consistency, resampling

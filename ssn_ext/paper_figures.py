@@ -18,7 +18,7 @@ import click
 import numpy as np
 import torch
 
-from dnnlib.cli import Finite, NumRange, user_errors
+from dnnlib.cli import DEVICE, TRUST_PICKLE, Finite, NumRange, user_errors
 from ssn_ext import droplets as droplet_maps
 from ssn_ext import figures, resampling
 from ssn_ext.blocks import parse_blocks, union_mask
@@ -245,13 +245,8 @@ def _options(*extra):
         click.option("--class", "class_idx", type=int, help="Class of a conditional network"),
         click.option("--out", metavar="FILE.png", help="Where the picture goes  [default: out/<figure>.png]"),
         click.option("--overwrite", is_flag=True, help="Replace a file that is there"),
-        click.option(
-            "--trust-pickle", is_flag=True, help="Run the code that --network holds; only for files you trust"
-        ),
-        click.option(
-            "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True,
-            help="Where to compute",
-        ),
+        click.option("--trust-pickle", **TRUST_PICKLE),
+        click.option("--device", **DEVICE),
     ]  # fmt: skip
 
     def decorate(function):

@@ -192,6 +192,11 @@ def _values(c, path=""):
             yield f"{path}{key}", value
 
 
+def _mbstd_group(c):
+    """Members of a group of the minibatch statistics; None: the whole batch."""
+    return c.D_kwargs.get("epilogue_kwargs", {}).get("mbstd_group_size", 4)
+
+
 def check_batch(c):
     """The batch must be shared by the processes, and by the groups of the minibatch statistics."""
     if c.batch_size % c.num_gpus:
@@ -202,7 +207,7 @@ def check_batch(c):
     c.batch_gpu = min(c.batch_gpu, share)
     if share % c.batch_gpu:
         raise ConfigError(f"batch_gpu {c.batch_gpu} must divide the {share} pictures of each process")
-    group = c.D_kwargs.get("epilogue_kwargs", {}).get("mbstd_group_size", 4)
+    group = _mbstd_group(c)
     if group and c.batch_gpu % min(group, c.batch_gpu):
         raise ConfigError(
             f"--batch, --batch-gpu: {c.batch_gpu} pictures at a time must be a multiple of the"
@@ -212,7 +217,7 @@ def check_batch(c):
 
 def smaller_batch_gpu(c):
     """The largest batch_gpu that is allowed and at most half of the present one; None where there is none."""
-    group = c.D_kwargs.get("epilogue_kwargs", {}).get("mbstd_group_size", 4)
+    group = _mbstd_group(c)
     share = c.batch_size // c.num_gpus
     fits = [n for n in range(1, c.batch_gpu // 2 + 1) if share % n == 0 and n % min(group or n, n) == 0]
     return max(fits, default=None)

@@ -2,15 +2,11 @@
 """torch_utils.distributed: alone, and in two processes started once for the whole file."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
 
-import dnnlib
+from tests.helpers import run_worker
 from torch_utils import distributed
 
 WORKER = '''\
@@ -94,18 +90,7 @@ if __name__ == "__main__":
 def folder(tmp_path_factory):
     """Folder in which WORKER has left its results. It gets two minutes: a hang is a failure."""
     folder = tmp_path_factory.mktemp("two")
-    (folder / "worker.py").write_text(WORKER)
-    root = os.path.dirname(os.path.dirname(dnnlib.__file__))
-    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "worker.py", str(folder)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes) as process:
-        try:
-            _, errors = process.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the session of that process: it and its children
-            raise
-    assert process.returncode == 0, errors
+    run_worker(folder, WORKER, seconds=120)
     return folder
 
 

@@ -4,16 +4,13 @@
 import functools
 import json
 import os
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-import dnnlib
+from tests.helpers import assert_equal_states, run_worker
 from training import checkpoint
 
 WORKER = '''\
@@ -144,18 +141,7 @@ def folder(tmp_path_factory):
     (folder / "options.json").write_text(json.dumps(options(str(folder / "pictures"))))
     for name in ["whole", "parts"]:
         (folder / name).mkdir()
-    (folder / "worker.py").write_text(WORKER)
-    root = os.path.dirname(os.path.dirname(dnnlib.__file__))
-    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(folder / "worker.py"), str(folder)]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes) as process:
-        try:
-            output, _ = process.communicate(timeout=600)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # the session of that process: it and its children
-            raise
-    assert process.returncode == 0, output
+    run_worker(folder, WORKER, seconds=600)
     return folder
 
 
@@ -220,23 +206,5 @@ def test_a_stop_request_to_one_process_stops_all_and_the_run_goes_on_exactly(fol
     """Bit for bit: weights, optimisers, ADA, statistics."""
     assert seen(folder)[0]["ends"] == {"whole first": True, "parts first": False, "parts again": True}
     whole, parts = (checkpoint.read(str(folder / name)) for name in ["whole", "parts"])
-    assert_equal(whole, parts)
+    assert_equal_states(whole, parts)
     assert sorted(os.listdir(folder / "whole")) == sorted(os.listdir(folder / "parts"))
-
-
-def assert_equal(a, b, path=""):
-    """Nested containers equal bit for bit, but for times."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            if key != "seconds" and not str(key).startswith(("Timing/", "Resources/")):
-                assert_equal(a[key], b[key], f"{path}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal(x, y, f"{path}/{i}")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    else:
-        assert a == b or (a != a and b != b), path

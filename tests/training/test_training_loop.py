@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import dnnlib
+from tests.helpers import assert_equal_states
 from torch_utils import training_stats
 from training import checkpoint, phases, snapshot, training_loop
 from training.networks import Generator
@@ -125,24 +126,6 @@ def loss_lines(run_dir):
     with open(os.path.join(run_dir, "stats.jsonl")) as f:
         lines = [json.loads(line) for line in f]
     return [{k: v for k, v in line.items() if k.startswith(("Loss/", "Progress/"))} for line in lines]
-
-
-def assert_equal_states(a, b, path=""):
-    """Nested containers equal bit for bit."""
-    assert type(a) is type(b), path
-    if isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            if key not in ("seconds",) and not str(key).startswith(("Timing/", "Resources/")):
-                assert_equal_states(a[key], b[key], f"{path}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_equal_states(x, y, f"{path}/{i}")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    else:
-        assert a == b or (a != a and b != b), path
 
 
 @pytest.mark.parametrize(

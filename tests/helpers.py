@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several test files need and no fixture is."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import torch
+
+import dnnlib
+
+
+def run_worker(folder, source, seconds):
+    """Runs `source` with `folder` as its argument, a thread a process, in a session of its own that ends when the
+    seconds are over: a hang is a failure."""
+    (folder / "worker.py").write_text(source)
+    root = os.path.dirname(os.path.dirname(dnnlib.__file__))
+    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(folder / "worker.py"), str(folder)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, cwd=folder, env=env, start_new_session=True, **pipes) as process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # it and its children
+            raise
+    assert process.returncode == 0, output
+
+
+def assert_equal_states(a, b, path=""):
+    """Nested containers equal bit for bit, but for times."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            if key != "seconds" and not str(key).startswith(("Timing/", "Resources/")):
+                assert_equal_states(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_equal_states(x, y, f"{path}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    else:
+        assert a == b or (a != a and b != b), path
