@@ -27,9 +27,9 @@ from torch_utils import misc, persistence
 from torch_utils.ops import bias_act, conv2d_resample, fma, upfirdn2d
 
 try:
-    from torch_utils.ops import own_kernels
+    from torch_utils.ops import own_kernels, spatial_modulation
 except ImportError:
-    own_kernels = None
+    own_kernels = spatial_modulation = None
 
 HALF_DEVICES = {"float16": ["cuda"], "bfloat16": ["cuda", "cpu"]}  # on others float32 stays
 SMALLEST, LARGEST = 4, 32  # sides of h0 x w0
@@ -125,39 +125,68 @@ def _resize_matrices(shapes, height, width, dtype, device):
 
 def spatially_modulated_conv2d(
     x, weight, styles, noise=None, up=1, padding=0, resample_filter=None, demodulation="circular", flip_weight=True,
-    energy=None,
+    cells=None,
 ):  # fmt: skip
     """out = (weight * (styles . x)) / sigma(weight, styles): eq. (1) of the SSN paper, '*' a convolution.
 
-    x [N,I,H,W], weight [O,I,k,k], styles [N,I,H,W]; noise, broadcastable to the result, is added; returns
-    [N,O,H*up,W*up] of x's dtype. demodulation: None (sigma = 1), the borders of eq. (14), see `expected_variance`,
-    or 'local', see `local_variance`. energy [N,I]: the mean of styles^2, where it is known.
+    x [N,I,H,W], weight [O,I,k,k], styles [N,I,H,W] or a list of grids that `sum_of_maps` makes it of; noise,
+    broadcastable to the result, is added; returns [N,O,H*up,W*up] of x's dtype. demodulation: None (sigma = 1), the
+    borders of eq. (14), see `expected_variance`, or 'local': `local_scale`, computed at `cells` = [h,w] (None:
+    everywhere) and resized.
     """
-    assert styles.shape == x.shape, (styles.shape, x.shape)
+    shape = list(x.shape[2:])
+    if isinstance(styles, torch.Tensor):
+        assert styles.shape == x.shape, (styles.shape, x.shape)
+        styles = [styles]
+    if demodulation is not None and x.dtype == torch.float16:
+        weight, styles = _rescale_for_half(weight, styles)
+    small, fused = _is_small(styles), _fuses(x, styles)
+    grids = styles if small or fused else [sum_of_maps(styles, *shape)]  # that map once for all that follows
     scale = None
-    if demodulation is not None:
-        if x.dtype == torch.float16:
-            (weight, styles), energy = _rescale_for_half(weight, styles), None
-        if demodulation == "local":
-            variance = local_variance(weight, styles, up)  # [N,O,H*up,W*up]
-        else:
-            variance = expected_variance(weight, styles, demodulation, flip_weight, energy)[:, :, None, None]
-        scale = (variance + 1e-8).rsqrt().to(x.dtype)
+    if demodulation == "local":
+        scale = local_scale(weight, sum_of_maps(styles, *(cells or shape)))
+    elif demodulation == "circular":
+        of_maps = mean_square if small or not fused else spatial_modulation.mean_square
+        scale = _inverse_root(_energy_through(weight, of_maps(grids, *shape)))
+    elif demodulation is not None:
+        variance = expected_variance(weight, sum_of_maps(grids, *shape), demodulation, flip_weight)
+        scale = _inverse_root(variance)
     x = conv2d_resample.conv2d_resample(
-        x=x * styles.to(x.dtype),
+        x=_modulate(x, grids),
         w=weight.to(x.dtype),
         f=resample_filter,
         up=up,
         padding=padding,
         flip_weight=flip_weight,
     )
-    if noise is not None:
-        noise = noise.to(x.dtype)
-        return x.add_(noise) if scale is None else fma.fma(x, scale, noise)
-    return x if scale is None else x * scale
+    noise = None if noise is None else noise.to(x.dtype)
+    if scale is None:
+        return x if noise is None else x.add_(noise)
+    if scale.ndim == 4 and _fuses(x, [scale]):
+        x = _modulate(x, [scale])
+        return x if noise is None else x.add_(noise)
+    scale = resize(scale, *x.shape[2:]) if scale.ndim == 4 else scale[:, :, None, None]
+    scale = scale.to(x.dtype)
+    return x * scale if noise is None else fma.fma(x, scale, noise)
 
 
-def expected_variance(weight, styles, borders="circular", flip_weight=True, energy=None):
+def _fuses(x, grids):
+    """Whether one kernel multiplies x by the sum of the grids' maps, which are then never made."""
+    return spatial_modulation is not None and spatial_modulation.fuses(x, grids)
+
+
+def _modulate(x, grids):
+    """x [N,C,H,W] times the sum of the maps of grids [N,C,h,w], of x's dtype."""
+    if _fuses(x, grids):
+        return spatial_modulation.modulate(x, *grids)
+    return x * sum_of_maps(grids, *x.shape[2:]).to(x.dtype)
+
+
+def _inverse_root(variance):
+    return (variance + 1e-8).rsqrt()
+
+
+def expected_variance(weight, styles, borders="circular", flip_weight=True):
     """sigma^2 [N,O] of eq. (14): the mean over positions of weight^2 * styles^2, weight [O,I,k,k], styles
     [N,I,H,W].
 
@@ -165,13 +194,12 @@ def expected_variance(weight, styles, borders="circular", flip_weight=True, ener
     always that of the stride-1 convolution on the layer's input. With circular borders every tap sees every
     position, so that sigma^2 = sum_i (sum of the taps' squares) * mean styles^2, StyleGAN2's value for
     constant styles. With 'zero_padded' ones a tap that is off the centre misses the rows and columns that its
-    shift moves out. energy [N,I]: mean styles^2, where it is known; of use for circular borders.
+    shift moves out.
     """
     dtype = torch.promote_types(styles.dtype, torch.float32)  # never in half precision
     styles, weight = styles.to(dtype), weight.to(dtype)
     if borders == "circular":
-        energy = (styles * styles).mean(dim=[2, 3]) if energy is None else energy.to(dtype)
-        return _energy_through(weight, energy)
+        return _energy_through(weight, (styles * styles).mean(dim=[2, 3]))
     assert borders == "zero_padded", borders
     energy, squares = styles * styles, weight * weight
     if not flip_weight:
@@ -188,14 +216,14 @@ def expected_variance(weight, styles, borders="circular", flip_weight=True, ener
     return seen.flatten(1).matmul(squares.flatten(1).t()) / (height * width)
 
 
-def local_variance(weight, styles, up=1):
-    """sigma^2 by position instead of its mean, [N,O,H*up,W*up]: sum_i (sum of the taps' squares) * styles^2 at every
-    position of the input, resized. No block then scales the rest of the picture. Constant styles give StyleGAN2's
-    value."""
+def local_scale(weight, styles):
+    """1/sigma by position instead of one for the whole picture, [N,O,h,w]: sigma^2 = sum_i (sum of the taps' squares)
+    * styles^2 there, weight [O,I,k,k], styles [N,I,h,w]. No block then scales what lies far from it. Constant styles
+    give StyleGAN2's value."""
     dtype = torch.promote_types(styles.dtype, torch.float32)
     styles, weight = styles.to(dtype), weight.to(dtype)
-    variance = torch.nn.functional.conv2d(styles * styles, (weight * weight).sum(dim=[2, 3], keepdim=True))
-    return _resize_map(variance, variance.shape[2] * up, variance.shape[3] * up)
+    squares = (weight * weight).sum(dim=[2, 3], keepdim=True)
+    return _inverse_root(torch.nn.functional.conv2d(styles * styles, squares))
 
 
 def repeat_cells(x, times):
@@ -221,13 +249,12 @@ def _energy_through(weight, energy):
     return torch.cat([torch.matmul(energy, (part * part).t()) for part in parts], dim=1)
 
 
-def _rescale_for_half(weight, styles):
+def _rescale_for_half(weight, grids):
     """Factors that demodulation cancels again: one per output channel and one per sample, against
     overflow."""
     peak = weight.abs().flatten(1).max(dim=1)[0] * math.sqrt(weight[0].numel())  # [O]
-    return weight / peak.reshape(-1, 1, 1, 1), styles / styles.abs().flatten(1).max(dim=1)[0].reshape(
-        -1, 1, 1, 1
-    )
+    largest = sum(grid.abs().flatten(1).max(dim=1)[0] for grid in grids)  # at least that of the sum's map
+    return weight / peak.reshape(-1, 1, 1, 1), [grid / largest.reshape(-1, 1, 1, 1) for grid in grids]
 
 
 def split_shape(height, width):
@@ -434,18 +461,14 @@ class SpatialEncoder(torch.nn.Module):
         return x if self.project is None else self.project(x)
 
 
-def style_map(affine, correction, w, e, shape):
-    """The style map [N,I,H,W] of a layer, shape = [H,W]: s = upsample(W w + b) + upsample(Q e).
+def style_grids(affine, correction, w, e):
+    """Grids, one or two of [N,I,h,w], whose resized sum is a layer's style map: s = upsample(W w + b) + upsample(Q e).
 
     affine: the layer's W, b; correction: its Q, or None. w [N,C,h,w] at the grid; e: encoder features, or
     None. Where there are features but no Q, they stand in for w (the paper's layout): s = upsample(W e + b).
-    The resizing commutes with the 1x1 projections, which therefore work on the small maps.
+    The resizing commutes with the 1x1 projections, which therefore work on the small maps. Two grids of one size
+    are given as their sum.
     """
-    return sum_of_maps(style_grids(affine, correction, w, e), *shape)
-
-
-def style_grids(affine, correction, w, e):
-    """The small maps whose resized sum `style_map` is: one or two of [N,I,h,w]. Two of one size are their sum."""
     if correction is None:
         return [affine(w if e is None else e)]
     direct, corrected = affine(w), correction(e)
@@ -504,17 +527,19 @@ class SpatialSynthesisLayer(torch.nn.Module):
         grids = style_grids(self.affine, self.encoder_style, w, e)
         noise = self._noise(x, noise_mode, noise_copies)
         fast = own_kernels is not None and own_kernels.pays(x, self.weight, self.up, self.activation)
-        if fast and self.demodulation in (None, "circular"):
+        cells = [min(2 * w.shape[2], shape[0]), min(2 * w.shape[3], shape[1])]
+        if fast and self.demodulation != "zero_padded":
+            demodulate = self.demodulation is not None
+            if self.demodulation == "local":
+                demodulate = local_scale(self.weight, sum_of_maps(grids, *cells))
             return own_kernels.spatial_layer(
-                x, self.weight, grids, self.demodulation is not None, noise, self.bias, up=self.up,
-                padding=self.padding, resample_filter=self.resample_filter, flip_weight=self.up == 1,
-                act=self.activation, gain=self.act_gain * gain, clamp=clamp,
+                x, self.weight, grids, demodulate, noise, self.bias, up=self.up, padding=self.padding,
+                resample_filter=self.resample_filter, flip_weight=self.up == 1, act=self.activation,
+                gain=self.act_gain * gain, clamp=clamp,
             )  # fmt: skip
-        known = self.demodulation == "circular" and _is_small(grids)
         x = spatially_modulated_conv2d(
-            x, self.weight, sum_of_maps(grids, *shape), noise=noise, up=self.up, padding=self.padding,
-            resample_filter=self.resample_filter, demodulation=self.demodulation, flip_weight=self.up == 1,
-            energy=mean_square(grids, *shape) if known else None,
+            x, self.weight, grids, noise=noise, up=self.up, padding=self.padding, resample_filter=self.resample_filter,
+            demodulation=self.demodulation, flip_weight=self.up == 1, cells=cells,
         )  # fmt: skip
         return bias_act.bias_act(
             x, self.bias.to(x.dtype), act=self.activation, gain=self.act_gain * gain, clamp=clamp
@@ -547,12 +572,11 @@ class SpatialToRGBLayer(torch.nn.Module):
     def forward(self, x, w, e):
         """x [N,I,H,W], w [N,C,h,w], e [N,E,H',W'] or None -> [N,O,H,W]."""
         weight = self.weight * self.weight_gain  # the gain on the few weights instead of on the large map
+        grids = style_grids(self.affine, self.encoder_style, w, e)
         fast = own_kernels is not None and own_kernels.pays(x, weight, 1, "linear") and self.padding == 0
         if fast and self.conv_clamp is None:
-            grids = style_grids(self.affine, self.encoder_style, w, e)
             return own_kernels.spatial_to_rgb(x, weight.flatten(1), grids, self.bias)
-        styles = style_map(self.affine, self.encoder_style, w, e, x.shape[2:])
-        x = spatially_modulated_conv2d(x, weight, styles, padding=self.padding, demodulation=None)
+        x = spatially_modulated_conv2d(x, weight, grids, padding=self.padding, demodulation=None)
         return bias_act.bias_act(x, self.bias.to(x.dtype), clamp=self.conv_clamp)
 
 

@@ -14,11 +14,12 @@ from ssn_ext import blocks, networks, transfer
 from ssn_ext.networks import (
     SpatialGenerator,
     expected_variance,
-    local_variance,
+    local_scale,
     repeat_cells,
     resize,
     spatially_modulated_conv2d,
 )
+from torch_utils.ops import upfirdn2d
 from training.networks import Generator
 
 GRID = [4, 4]
@@ -41,7 +42,7 @@ def plain_generator(architecture="skip", c_dim=0, resolution=32, seed=0):
     return G.eval().requires_grad_(False)
 
 
-def spatial_generator(encoder_init="exact", grid=GRID, resolution=16, active=True, c_dim=0):
+def spatial_generator(encoder_init="exact", grid=GRID, resolution=16, active=True, c_dim=0, **styles):
     """A small random SSN; with `active` its encoder already acts."""
     torch.manual_seed(1)
     count = grid[0] * grid[1]
@@ -50,7 +51,7 @@ def spatial_generator(encoder_init="exact", grid=GRID, resolution=16, active=Tru
         mapping_kwargs=dict(num_layers=2),
         synthesis_kwargs=dict(
             channel_base=256, channel_max=16, encoder_init=encoder_init,
-            encoder_kwargs=dict(channels=6, max_resolution=8),
+            encoder_kwargs=dict(channels=6, max_resolution=8), **styles,
         ),
     )  # fmt: skip
     with torch.no_grad():
@@ -181,22 +182,55 @@ def test_demodulation_equals_a_second_convolution(borders, flip_weight, kernel):
     )
 
 
-@pytest.mark.parametrize("up", [1, 2])
-def test_demodulation_by_position(up):
+def test_demodulation_by_position():
     """At every position, from the styles there alone; where they are constant it is the mean over positions."""
     torch.manual_seed(0)
     weight, styles = torch.randn(7, 5, 3, 3), torch.randn(3, 5, 4, 6)
-    variance = local_variance(weight, styles)
+    scale = local_scale(weight, styles)
     for y, x in [(0, 0), (2, 5), (3, 1)]:
         here = styles[:, :, y, x, None, None].expand(-1, -1, 4, 6)
         want = brute_force_variance(weight, here, "circular", True)
-        torch.testing.assert_close(variance[:, :, y, x], want, rtol=1e-5, atol=1e-5)
-    larger = local_variance(weight, styles, up)
-    torch.testing.assert_close(larger, resize(variance, 4 * up, 6 * up))
+        torch.testing.assert_close(scale[:, :, y, x], want.rsqrt())
     edited = styles.clone()
     edited[:, :, 3, 5] += 1
-    changed = (local_variance(weight, edited) != variance).any(dim=1)
+    changed = (local_scale(weight, edited) != scale).any(dim=1)
     assert changed[:, 3, 5].all() and int(changed.sum()) == 3  # one position of each sample
+
+
+@pytest.mark.parametrize("up", [1, 2])
+@pytest.mark.parametrize("cells", [None, [4, 4]])
+def test_the_scale_by_position_is_that_of_cells_resized(up, cells):
+    torch.manual_seed(0)
+    x, weight, grids = (
+        torch.randn(2, 5, 8, 12),
+        torch.randn(7, 5, 3, 3),
+        [torch.randn(2, 5, 2, 2), torch.ones(2, 5, 4, 3)],
+    )
+    styles = resize(grids[0], 8, 12) + resize(grids[1], 8, 12)
+    options = dict(
+        up=up, padding=1, resample_filter=upfirdn2d.setup_filter([1, 3, 3, 1]), flip_weight=up == 1
+    )
+    noise = torch.randn(8 * up, 12 * up)
+    at_cells = styles if cells is None else resize(grids[0], 4, 4) + resize(grids[1], 4, 4)
+    scale = resize(local_scale(weight, at_cells), 8 * up, 12 * up)
+    want = spatially_modulated_conv2d(x, weight, styles, demodulation=None, **options) * scale + noise
+    got = spatially_modulated_conv2d(x, weight, grids, noise, demodulation="local", cells=cells, **options)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_demodulate_by_position_at_two_cells_a_block(monkeypatch):
+    """At most one a pixel; steep styles have cells of their own."""
+    seen = []
+    monkeypatch.setattr(
+        networks,
+        "local_scale",
+        lambda w, styles: seen.append(list(styles.shape[2:])) or local_scale(w, styles),
+    )
+    for sharpness, most in [(1, 8), (2, 16)]:
+        G = spatial_generator(resolution=32, demodulation="local", style_sharpness=sharpness)
+        seen.clear()
+        G(torch.randn(1, G.z_dim), None)
+        assert seen == [[min(side, most)] * 2 for side in [4, 4, 8, 8, 16, 16, 32]]
 
 
 def test_sharp_styles_are_steeper_and_flat_between():

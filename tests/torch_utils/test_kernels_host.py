@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
+from ssn_ext.networks import SpatialSynthesisLayer
 from torch_utils import custom_ops
 from torch_utils.ops import bias_act as bias_act_module
 from torch_utils.ops import spatial_modulation, upfirdn2d
@@ -461,3 +462,44 @@ def test_networks(host_kernels, monkeypatch):
             continue
         scale = expected.abs().max().clamp(min=1e-3)
         assert ((result - expected).abs().max() / scale).item() < 1e-3
+
+
+# --------------------------------------------------------------------------------------------------
+# Whole layers
+
+
+@pytest.mark.parametrize("demodulation", ["circular", "local", "zero_padded"])
+@pytest.mark.parametrize("up", [1, 2])
+@pytest.mark.parametrize("size", [(4, 4), (12, 12)], ids=["coarse", "fine"])
+def test_spatial_layers_use_the_modulation(host_kernels, monkeypatch, demodulation, up, size):
+    """The same values and gradients as without kernels; no style map is made where the mean square or cells do."""
+    torch.manual_seed(0)
+    layer = SpatialSynthesisLayer(
+        4,
+        6,
+        w_dim=5,
+        resolution=16 * up,
+        up=up,
+        demodulation=demodulation,
+        encoder_channels=3,
+        use_noise=False,
+    )
+    layer.encoder_style.weight.data.normal_()
+    layer, weight = layer.double(), draw(2, 6, 16 * up, 16 * up)
+    layer.resample_filter = layer.resample_filter.float()  # filters are float32 always
+    x, w, e = draw(2, 4, 16, 16, grad=True), draw(2, 5, 4, 4, grad=True), draw(2, 3, *size, grad=True)
+    tensors = [x, w, e, *layer.parameters()]
+
+    def derivatives():
+        y = layer(x, w, e)
+        first = torch.autograd.grad((y * weight).sum(), tensors, create_graph=True)
+        curved = [x, w, e, layer.weight]  # the rest enters piecewise linearly
+        second = torch.autograd.grad(sum((g * g).sum() for g in first), curved)
+        return [y, *first, *second]
+
+    found = derivatives()
+    launched = [name for name, _ in host_kernels.launched]
+    assert launched.count("modulate") >= 2 + (demodulation == "local") and "project" in launched
+    monkeypatch.setattr(custom_ops, "kernels", lambda x: None)
+    for one, other in zip(found, derivatives(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from ssn_ext.networks import SpatialGenerator, resize, spatially_modulated_conv2d
+from ssn_ext.networks import SpatialGenerator, local_scale, resize, spatially_modulated_conv2d
 from torch_utils.ops import bias_act, own_kernels, upfirdn2d
 from training.networks import SynthesisLayer, modulated_conv2d
 
@@ -67,7 +67,7 @@ def test_small_pictures_of_wide_layers_do_not_pay():
 
 @pytest.mark.parametrize("shape", [(10, 12), (300, 40)])  # one strip, several
 @pytest.mark.parametrize("grids", [[(4, 4)], [(2, 3), (10, 6)]])
-@pytest.mark.parametrize("demodulation", ["circular", None])
+@pytest.mark.parametrize("demodulation", ["circular", None, "local"])
 def test_spatial_layers_equal_the_composition_over_whole_maps(shape, grids, demodulation):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 24, *shape), torch.randn(8, 24, 3, 3), torch.randn(8)
@@ -75,12 +75,22 @@ def test_spatial_layers_equal_the_composition_over_whole_maps(shape, grids, demo
     styles = sum(resize(grid, *shape) for grid in grids)
     noise = torch.randn(shape)
     want = spatially_modulated_conv2d(
-        x, weight, styles, noise=noise, padding=1, resample_filter=FILTER, demodulation=demodulation
+        x,
+        weight,
+        styles,
+        noise=noise,
+        padding=1,
+        resample_filter=FILTER,
+        demodulation=demodulation,
+        cells=[6, 5],
     )
+    scale = demodulation is not None
+    if demodulation == "local":
+        scale = local_scale(weight, resize(styles, 6, 5))
     want = bias_act.bias_act(want, bias, act="lrelu")
     with torch.no_grad():
         got = own_kernels.spatial_layer(
-            x, weight, grids, demodulation is not None, noise, bias, up=1, padding=1, resample_filter=FILTER,
+            x, weight, grids, scale, noise, bias, up=1, padding=1, resample_filter=FILTER,
             flip_weight=True, act="lrelu", gain=2**0.5,
         )  # fmt: skip
         rgb = own_kernels.spatial_to_rgb(x, weight[:3, :, 1, 1], grids, bias[:3])
@@ -92,8 +102,10 @@ def test_spatial_layers_equal_the_composition_over_whole_maps(shape, grids, demo
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_a_whole_spatial_generator_draws_the_same_picture_either_way(half, monkeypatch):
+@pytest.mark.parametrize("demodulation", ["circular", "local"])
+def test_a_whole_spatial_generator_draws_the_same_picture_either_way(half, demodulation, monkeypatch):
     options = dict(num_fp16_res=4, half_dtype="bfloat16") if half else {}
+    options["demodulation"] = demodulation
     G = SpatialGenerator(
         32, 0, 32, 64, 3, [2, 2], synthesis_kwargs=dict(channel_base=512, channel_max=16, **options)
     ).eval()

@@ -35,21 +35,26 @@ def layer(
 ):
     """clamp(act(conv(x * styles, weight) * scale + noise + bias) * gain).
 
-    x [N,I,H,W], weight [O,I,k,k], styles [N,I] or None (ones), scale [N,O] or None (ones), noise: None or
-    broadcastable to the result, bias [O]; up, padding, resample_filter and flip_weight as in conv2d_resample; act:
-    'linear', 'relu' or 'lrelu', gain > 0. Kernels are made in weight's dtype. Returns [N,O,H*up,W*up] of x's dtype,
-    channels-last.
+    x [N,I,H,W], weight [O,I,k,k], styles [N,I] or None (ones), scale: None (ones), [N,O], or a grid [N,O,h,w] that
+    stands for its map, noise: None or broadcastable to the result, bias [O]; up, padding, resample_filter and
+    flip_weight as in conv2d_resample; act: 'linear', 'relu' or 'lrelu', gain > 0. Kernels are made in weight's dtype.
+    Returns [N,O,H*up,W*up] of x's dtype, channels-last.
     """
     num, slope = x.shape[0], _SLOPES[act]
+    by_place = scale is not None and scale.ndim == 4
     x = x.contiguous(memory_format=torch.channels_last)
     bias = (bias * gain).to(x.dtype)
     if noise is not None:
         noise = (noise * gain).to(x.dtype).expand(num, 1, *noise.shape[-2:])
     out = None
     for n in range(num):
-        factor = gain if scale is None else (scale[n] * gain)[:, None, None, None]
+        factor = gain if scale is None or by_place else (scale[n] * gain)[:, None, None, None]
         kernel = weight * factor if styles is None else weight * styles[n, :, None, None] * factor
-        y = _convolve(x[n : n + 1], kernel.to(x.dtype), bias, up, padding, resample_filter, flip_weight)
+        rest = None if by_place else bias
+        y = _convolve(x[n : n + 1], kernel.to(x.dtype), rest, up, padding, resample_filter, flip_weight)
+        if by_place:
+            for _, rows, style in _style_strips(y, [scale[n : n + 1]]):
+                torch.addcmul(bias, _pixels(y)[0, rows], style, out=_pixels(y)[0, rows])
         y = y if noise is None else y.add_(noise[n : n + 1])
         if num == 1:
             out = y if slope == 1 else F.leaky_relu_(y, slope)
@@ -75,10 +80,10 @@ def _convolve(x, kernel, bias, up, padding, resample_filter, flip_weight):
 
 
 def spatial_layer(x, weight, grids, demodulate, noise, bias, **options):
-    """`layer` with the styles' maps of `grids` (list of [N,I,h,w]), demodulated by the mean of their squares where
-    `demodulate`; options: those of `layer` from `up` on. Circular borders of the demodulation."""
-    scale = None
-    if demodulate:
+    """`layer` with the styles' maps of `grids` (list of [N,I,h,w]). demodulate: True, by the mean of their squares
+    (circular borders), False, or `layer`'s scale. options: those of `layer` from `up` on."""
+    scale = demodulate if isinstance(demodulate, torch.Tensor) else None
+    if demodulate is True:
         energy = spatial_modulation.mean_square(grids, *x.shape[2:])  # [N,I]
         taps = weight.square().flatten(2)  # a product with ones is faster than a sum over few values
         scale = (energy.matmul(taps.matmul(taps.new_ones(taps.shape[2])).t()) + 1e-8).rsqrt()

@@ -42,10 +42,18 @@ def modulate(x, *grids, impl="cuda"):
     height, width = x.shape[2:]
     dtype = torch.promote_types(x.dtype, torch.float32)
     grids = [grid.to(dtype) for grid in grids]
-    if impl == "cuda" and len(grids) <= 2 and _has_backend(x) and x.numel():
+    if impl == "cuda" and fuses(x, grids):
         return _Modulate.apply(x, *(_not_finer(grid, height, width) for grid in grids))
     style = sum(resize(grid, height, width) for grid in grids)
     return (x * style).to(x.dtype)
+
+
+def fuses(x, grids):
+    """Whether `modulate` uses an own kernel for x and these grids. The plug-ins that ninja builds are the family's
+    two, without this operation."""
+    return (
+        0 < len(grids) <= 2 and x.numel() > 0 and isinstance(custom_ops.kernels(x), custom_ops.RuntimeKernels)
+    )
 
 
 def mean_square(grids, height, width):
@@ -109,11 +117,6 @@ def _axis_weights(cells, size):
 
 # --------------------------------------------------------------------------------------------------
 # Own kernels: modulation and its transpose with respect to the grid are each other's derivatives.
-
-
-def _has_backend(x):
-    """The plug-ins that ninja builds are the family's two, without this operation."""
-    return isinstance(custom_ops.kernels(x), custom_ops.RuntimeKernels)
 
 
 def _not_finer(grid, height, width):
