@@ -9,6 +9,7 @@ import torch
 
 import dnnlib
 from benchmarks.measure import Case
+from ssn_ext.transfer import default_encoder
 from training import phases
 from training.dataset import ImageFolderDataset
 
@@ -53,6 +54,7 @@ def make_generator(kind: str, resolution: int, channel_base: int, settings: Sett
         kwargs.update(class_name="ssn_ext.networks.SpatialGenerator", latent_grid=list(settings.grid))
         kwargs.update(z_dim=512 * cells, w_dim=512 * cells)
         synthesis["encoder_init"] = "none" if kind == "ssn-no-encoder" else "exact"
+        synthesis["encoder_kwargs"] = default_encoder(512, settings.grid, [resolution] * 2, resolution)
     torch.manual_seed(0)
     return dnnlib.util.construct_class_by_name(synthesis_kwargs=synthesis, **kwargs).requires_grad_(False)
 

@@ -4,7 +4,7 @@
 import dnnlib
 from ssn_ext.blocks import default_grid, parse_grid, parse_grids
 from ssn_ext.grids import block_counts, check_splits, default_splits, grids_of
-from ssn_ext.transfer import constructor_kwargs, spatial_kwargs
+from ssn_ext.transfer import constructor_kwargs, default_encoder, spatial_kwargs
 from training import configs
 from training.configs import ConfigError
 from training.shapes import shape_of
@@ -28,15 +28,20 @@ def ssn(c, opts):
     plain, old = c.G_kwargs, ([], [])
     if opts.source is not None:
         plain, old = widths_of(opts.source, c, None if any_size else opts.img_shape)
+    grids, splits = chosen_grids(opts, *old)
     c.G_kwargs = dnnlib.EasyDict(
-        spatial_kwargs(plain, *chosen_grids(opts, *old)), class_name="ssn_ext.networks.SpatialGenerator"
+        spatial_kwargs(plain, grids, splits), class_name="ssn_ext.networks.SpatialGenerator"
     )
     synthesis = c.G_kwargs.synthesis_kwargs = dnnlib.EasyDict(c.G_kwargs.get("synthesis_kwargs", {}))
     if not hasattr((opts.source or {}).get("G_ema"), "latent_grid"):
         if opts.source is not None:
             c.new_kind = True
-        # a quarter of the widest layer: 128 of 512, and as small a part of a small network
-        synthesis.setdefault("encoder_kwargs", dict(channels=max(synthesis.get("channel_max", 512) // 4, 8)))
+        encoder = default_encoder(
+            synthesis.get("channel_max", 512), grids, opts.img_shape, opts.block_resolution
+        )
+        if opts.encoder_init == "random":
+            del encoder["max_resolution"]  # the paper's encoder
+        synthesis.setdefault("encoder_kwargs", encoder)
     if opts.encoder_init:
         synthesis.encoder_init = opts.encoder_init
     if opts.demodulation:

@@ -82,6 +82,18 @@ def spatial_kwargs(G_kwargs, grid, grid_splits=()):
     return kwargs
 
 
+def default_encoder(channel_max, grid, img_shape, last):
+    """Options of the encoder for the exact start: a quarter of the widest layer's channels, 128 of 512, at the first
+    resolution at which every block has a position of its own, 4x4 for a grid of 4x4. Two convolutions there see two
+    blocks far to each side; finer ones cost up to a third of the generator and drew no better pictures
+    (docs/experiments.md). img_shape: [H, W] of the pictures, which the layers of resolution `last` make."""
+    rows, columns = (max(sides) for sides in zip(*as_grids(grid), strict=True))
+    reach = 4
+    while reach < last and (img_shape[0] * reach < rows * last or img_shape[1] * reach < columns * last):
+        reach *= 2
+    return dict(channels=max(channel_max // 4, 8), max_resolution=reach)
+
+
 def constructor_kwargs(network):
     """The arguments that a persistent network was built with, all by name, in stylegan2-ada-pytorch's form.
 
@@ -104,15 +116,18 @@ def from_stylegan2(G, latent_grid=None, grid_splits=None, **synthesis_kwargs):
 
     latent_grid: None for blocks.default_grid, 4x4 for square pictures; it may be a list of grids, which divide the
     layers at `grid_splits` (None: grids.default_splits). synthesis_kwargs are added to those of G
-    (demodulation, encoder_init, encoder_kwargs...).
+    (demodulation, encoder_init...; encoder_kwargs: `default_encoder`).
     """
     from ssn_ext.networks import SpatialGenerator
 
-    grid = as_grids(latent_grid or default_grid(*shape_of(G)))
+    grid, last = as_grids(latent_grid or default_grid(*shape_of(G))), G.synthesis.block_resolutions[-1]
     if grid_splits is None:
-        grid_splits = default_splits(grid, shape_of(G), G.synthesis.block_resolutions[-1])
+        grid_splits = default_splits(grid, shape_of(G), last)
     kwargs = spatial_kwargs(constructor_kwargs(G), grid, grid_splits)
-    kwargs["synthesis_kwargs"] = {**kwargs.get("synthesis_kwargs", {}), **synthesis_kwargs}
+    synthesis = kwargs["synthesis_kwargs"] = {**kwargs.get("synthesis_kwargs", {}), **synthesis_kwargs}
+    if synthesis.get("encoder_init", "exact") == "exact":
+        encoder = default_encoder(synthesis.get("channel_max", 512), grid, shape_of(G), last)
+        synthesis.setdefault("encoder_kwargs", encoder)
     result = SpatialGenerator(**kwargs).eval().requires_grad_(False)
     spatial_from(G, result)
     return result

@@ -114,6 +114,28 @@ def test_exact_start_of_other_styles(options, grid):
     assert (S(z, None, noise_mode="const") - plain).abs().max() > 1e-2 * want.std()
 
 
+@pytest.mark.parametrize(
+    "grid,shape,resolution,reach",
+    [
+        ([4, 4], [64, 64], 64, 4),
+        ([8, 8], [64, 64], 64, 8),
+        ([5, 3], [64, 64], 64, 8),
+        ([[4, 4], [16, 16]], [64, 64], 64, 16),
+        ([4, 6], [32, 48], 32, 4),
+        ([64, 64], [32, 32], 32, 32),
+    ],
+)
+def test_the_encoder_has_a_position_for_every_block(grid, shape, resolution, reach):
+    """And no more: its maps at `reach`, h0 x w0 doubled, are the first that are as fine as the grid."""
+    options = transfer.default_encoder(96, grid, shape, resolution)
+    assert options == dict(channels=24, max_resolution=reach)
+    G = plain_generator(resolution=32)
+    S = transfer.from_stylegan2(G)
+    assert {block.encoder.shape[0] for block in S.synthesis.children()} == {4}
+    assert transfer.from_stylegan2(G, latent_grid=[8, 8]).synthesis.b32.encoder.shape == [8, 8]
+    assert transfer.from_stylegan2(G, encoder_init="random").synthesis.b32.encoder.shape == [32, 32]
+
+
 def test_zero_padded_demodulation_is_no_exact_start():
     """The paper's borders lower sigma near the edges, most at 4x4: the pictures must differ."""
     G = plain_generator()
