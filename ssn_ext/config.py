@@ -33,15 +33,19 @@ def ssn(c, opts):
         spatial_kwargs(plain, grids, splits), class_name="ssn_ext.networks.SpatialGenerator"
     )
     synthesis = c.G_kwargs.synthesis_kwargs = dnnlib.EasyDict(c.G_kwargs.get("synthesis_kwargs", {}))
+    encoder = default_encoder(synthesis.get("channel_max", 512), grids, opts.img_shape, opts.block_resolution)
+    theirs = synthesis.get("encoder_kwargs", {})
     if not hasattr((opts.source or {}).get("G_ema"), "latent_grid"):
         if opts.source is not None:
             c.new_kind = True
-        encoder = default_encoder(
-            synthesis.get("channel_max", 512), grids, opts.img_shape, opts.block_resolution
-        )
         if opts.encoder_init == "random":
             del encoder["max_resolution"]  # the paper's encoder
         synthesis.setdefault("encoder_kwargs", encoder)
+    elif (
+        grids != old[0]
+        and theirs.get("max_resolution", encoder["max_resolution"]) < encoder["max_resolution"]
+    ):
+        synthesis.encoder_kwargs = dict(theirs, max_resolution=encoder["max_resolution"])
     if opts.encoder_init:
         synthesis.encoder_init = opts.encoder_init
     if opts.demodulation:

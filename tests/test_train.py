@@ -509,6 +509,15 @@ def test_kinds_of_styles_reach_the_network():
     assert kwargs["demodulation"] == "zero_padded" and "style_sharpness" not in kwargs
 
 
+def test_the_start_of_the_encoder_reaches_the_network():
+    """The paper's start has its encoder, too: up to 32x32."""
+    for start, encoder in [("exact", dict(channels=24, max_resolution=4)), ("random", dict(channels=24))]:
+        kwargs = plan("--cfg=ssn", f"--encoder-init={start}")["G_kwargs"]["synthesis_kwargs"]
+        assert (kwargs["encoder_init"], kwargs["encoder_kwargs"]) == (start, encoder)
+    assert "encoder_init" not in plan("--cfg=ssn")["G_kwargs"]["synthesis_kwargs"]
+    assert plan("--cfg=ssn", "--encoder-init=none")["G_kwargs"]["synthesis_kwargs"]["encoder_init"] == "none"
+
+
 def test_the_weight_of_interactions_reaches_the_loss():
     assert plan("--cfg=ssn", "--lambda-interaction=5")["loss_kwargs"]["lambda_interaction"] == 5
     assert "lambda_interaction" not in plan("--cfg=ssn")["loss_kwargs"]
@@ -557,6 +566,11 @@ def test_spatial_config_takes_the_grid_of_a_spatial_source(stylegan2_pkl, tmp_pa
     assert S.state_dict().keys() == dnnlib.util.construct_class_by_name(**kwargs).state_dict().keys()
     c = plan("--cfg=ssn", f"--resume={path}", "--latent-grid=4x4")
     assert c["G_kwargs"]["latent_grid"] == [4, 4] and c["G_kwargs"]["z_dim"] == 12 * 16
+    for grid, reach in [("4x4", 4), ("8x8", 8), ("2x2", 4)]:  # never less than the source's
+        encoder = plan("--cfg=ssn", f"--resume={path}", f"--latent-grid={grid}")["G_kwargs"][
+            "synthesis_kwargs"
+        ]
+        assert encoder["encoder_kwargs"] == dict(channels=8, max_resolution=reach)
 
 
 def test_spatial_config_from_another_resolution(stylegan2_pkl, tmp_path):
@@ -605,6 +619,7 @@ def test_widths_without_a_source():
     """Below 256 pixels there is no row in the papers: the laptop's."""
     c = plan("--cfg=ssn")
     assert c["G_kwargs"]["z_dim"] == 64 * 16 and c["G_kwargs"]["synthesis_kwargs"]["channel_max"] == 96
+    assert c["G_kwargs"]["synthesis_kwargs"]["encoder_kwargs"] == dict(channels=24, max_resolution=4)
     assert c["loss_kwargs"]["lambda_d"] == 100
 
 
