@@ -6,6 +6,7 @@ runs each of them in the types and layouts that networks use, with two derivativ
 path. The verdict is kept in the cache, beside the compiled kernels.
 """
 
+import contextlib
 import hashlib
 import json
 import subprocess
@@ -31,9 +32,10 @@ def verdict(title: str) -> str | None:
         reason = json.loads(path.read_text(encoding="utf-8"))["reason"]
     except (OSError, ValueError, KeyError, TypeError):
         reason = _run(title)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open_atomic(path) as f:
-            f.write(json.dumps({"reason": reason}).encode("utf-8"))
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs another check
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open_atomic(path) as f:
+                f.write(json.dumps({"reason": reason}).encode("utf-8"))
     return None if reason is None else f"{reason}, see {path}"
 
 

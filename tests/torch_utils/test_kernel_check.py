@@ -55,6 +55,13 @@ def test_a_bad_verdict_says_where_it_is_kept(gpu, monkeypatch):
     assert kernel_check.verdict("NVRTC") is None
 
 
+def test_a_cache_that_cannot_be_written_is_no_obstacle(gpu, monkeypatch):
+    (gpu / "file").touch()
+    monkeypatch.setenv("DNNLIB_CACHE_DIR", str(gpu / "file"))
+    monkeypatch.setattr(kernel_check, "_run", lambda title: None)
+    assert kernel_check.verdict("NVRTC") is None
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens where there is no CUDA device")
 def test_a_check_that_ends_badly_is_a_reason(gpu):
     reason = kernel_check._run("NVRTC")
