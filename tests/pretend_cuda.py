@@ -61,7 +61,7 @@ class OnGpu(torch.Tensor):
         out = func(*given[0], **given[1])
         if name == "copy_" and not isinstance(args[0], cls):
             return args[0]
-        out = tree_map_only(torch.Tensor, cls, out)
+        out = cls(out) if isinstance(out, torch.Tensor) else tree_map_only(torch.Tensor, cls, out)
         return return_and_correct_aliasing(func, args, kwargs, out)
 
 

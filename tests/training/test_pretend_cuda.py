@@ -133,7 +133,7 @@ def test_all_phases(case, gpu, monkeypatch):
         assert (influence.cpu() - near).abs().max() < 0.1 * near.max()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["stylegan2", "local", "grids"])
 def test_all_phases_with_kernels(case, gpu, monkeypatch):
     """What the kernels are given lies on the GPU, and what they give fits into the rest."""
     kernels = Kernels()
