@@ -77,8 +77,9 @@ class FeatureStats:
         """Takes rows [N, F] of every process, equally many each, in turns: row 0 of all, row 1 of all, ..."""
         assert x.ndim == 2 and 0 <= rank < num_gpus
         if num_gpus > 1:
+            x = x.contiguous()
             parts = [torch.empty_like(x) for _ in range(num_gpus)]
-            torch.distributed.all_gather(parts, x.contiguous())
+            torch.distributed.all_gather(parts, x)
             x = torch.stack(parts, dim=1).flatten(0, 1)
         self.append(x.cpu().numpy())
 

@@ -22,7 +22,7 @@ import dnnlib
 from metrics import detectors
 from metrics.feature_stats import FeatureStats
 from metrics.progress import ProgressMonitor
-from torch_utils import distributed
+from torch_utils import distributed, misc
 from torch_utils.images import to_uint8
 
 SHARED_LIMIT = 100000  # features of more pictures than this are not kept for the next metric of a call
@@ -229,11 +229,9 @@ def generated_batches(opts, num_items, batch_size, batch_gen):
 def real_batches(opts, dataset, num_items, batch_size, data_loader_kwargs=None):
     """Yields uint8 pictures [n, C, H, W] of the data set on the device: those of this process, in order."""
     if data_loader_kwargs is None:
-        cuda = opts.device.type == "cuda"
-        workers = opts.num_workers if opts.num_workers is not None else (3 if cuda else 0)
-        data_loader_kwargs = dict(pin_memory=cuda, num_workers=workers)
-        if workers > 0:
-            data_loader_kwargs["prefetch_factor"] = 2
+        workers = 3 if opts.device.type == "cuda" else 0
+        workers = workers if opts.num_workers is None else opts.num_workers
+        data_loader_kwargs = misc.loader_options(opts.device, workers, pin_memory=True, prefetch_factor=2)
     order = [i % num_items for i in shares(num_items, opts)]
     loader = torch.utils.data.DataLoader(dataset, sampler=order, batch_size=batch_size, **data_loader_kwargs)
     for images, _labels in loader:

@@ -19,19 +19,23 @@ import dnnlib
 from dnnlib.util import open_atomic
 
 SECONDS = 600  # for all compilations and runs
+PASSING = ["out of memory", "busy or unavailable", "the check took", "the check could not be run"]
 ROOT = Path(__file__).parents[1]
 
 
 def verdict(title: str) -> str | None:
     """None if the kernels of this way ('NVRTC' or 'plug-ins') are proved on the current GPU, else why not, in one line.
 
-    Asks the cache first. Delete the file that the reason names to have it tried again.
+    Asks the cache first. Delete the file that the reason names to have it tried again; what may be over the next time
+    (PASSING) is not kept.
     """
     path = Path(dnnlib.make_cache_dir_path("kernels")) / f"verdict-{_fingerprint(title)}.json"
     try:
         reason = json.loads(path.read_text(encoding="utf-8"))["reason"]
     except (OSError, ValueError, KeyError, TypeError):
         reason = _run(title)
+        if reason is not None and any(words in reason for words in PASSING):
+            return reason
         with contextlib.suppress(OSError):  # a cache that cannot be written costs another check
             path.parent.mkdir(parents=True, exist_ok=True)
             with open_atomic(path) as f:

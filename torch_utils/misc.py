@@ -7,6 +7,7 @@ import ctypes
 import itertools
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -115,7 +116,29 @@ def keep_memory() -> bool:
 
 
 # ----------------------------------------------------------------------------------------
-# Data order
+# Reading data
+
+
+def loader_options(
+    device: torch.device,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    prefetch_factor: int | None = None,
+    **others,
+) -> dict:
+    """How a DataLoader reads for `device`: with no more workers than this process may use cores (more get in each
+    other's way, and PyTorch warns of them), which leave Ctrl-C and SIGTERM to the process that can save."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(num_workers, usable)
+    found = dict(others, num_workers=workers, pin_memory=pin_memory and device.type == "cuda")
+    if workers > 0:
+        found.update(prefetch_factor=prefetch_factor, worker_init_fn=_ignore_signals)
+    return found
+
+
+def _ignore_signals(_worker_id):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class InfiniteSampler(torch.utils.data.Sampler):

@@ -153,17 +153,6 @@ class StopSignals:
         self._restore()
 
 
-def _ignore_signals(_worker_id):
-    """Workers leave Ctrl-C, and a SIGTERM to the whole group, to the process that can save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _usable_cores():
-    """How many cores this process may use: fewer than the machine has where a scheduler or container says so."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def draw_seed(random_seed, rank, nimg):
     """A 63-bit seed from the run's seed, the rank and the images seen."""
     return int(np.random.SeedSequence([random_seed, rank, nimg]).generate_state(1, np.uint64)[0] >> 1)
@@ -284,20 +273,12 @@ class Run:
             seed=c.random_seed,
             start=self.counters.nimg // c.num_gpus,
         )
-        options = dict(c.data_loader_kwargs)
-        # more workers than cores only get in each other's way, and PyTorch warns of them
-        options["num_workers"] = min(options.get("num_workers", 0), _usable_cores())
-        if options["num_workers"] == 0:
-            options.pop("prefetch_factor", None)
-        else:
-            options["worker_init_fn"] = _ignore_signals
-        options["pin_memory"] = options.get("pin_memory", False) and self.device.type == "cuda"
         loader = torch.utils.data.DataLoader(
             dataset=self.training_set,
             sampler=sampler,
             batch_size=c.batch_size // c.num_gpus,
             generator=torch.Generator(),  # its own, so that it draws nothing from the run's
-            **options,
+            **misc.loader_options(self.device, **c.data_loader_kwargs),
         )
         return iter(loader)
 

@@ -55,6 +55,17 @@ def test_a_bad_verdict_says_where_it_is_kept(gpu, monkeypatch):
     assert kernel_check.verdict("NVRTC") is None
 
 
+@pytest.mark.parametrize(
+    "reason", ["the check failed: CUDA error: out of memory", "the check took more than 600 s"]
+)
+def test_what_may_be_over_the_next_time_is_not_kept(gpu, monkeypatch, reason):
+    """A GPU that is full, or a machine so busy that the check took too long."""
+    monkeypatch.setattr(kernel_check, "_run", lambda title: reason)
+    assert kernel_check.verdict("NVRTC") == reason
+    monkeypatch.setattr(kernel_check, "_run", lambda title: None)
+    assert kernel_check.verdict("NVRTC") is None
+
+
 def test_a_cache_that_cannot_be_written_is_no_obstacle(gpu, monkeypatch):
     (gpu / "file").touch()
     monkeypatch.setenv("DNNLIB_CACHE_DIR", str(gpu / "file"))

@@ -287,8 +287,8 @@ def test_metrics_of_one_snapshot_share_features(pictures, tmp_path, monkeypatch)
 
 def test_no_more_workers_than_usable_cores(pictures, tmp_path, monkeypatch):
     """A scheduler that gives two cores of many gets two workers; PyTorch would warn of more."""
-    monkeypatch.setattr(training_loop.os, "sched_getaffinity", lambda _pid: {3, 5}, raising=False)
-    monkeypatch.setattr(training_loop.os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _pid: {3, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
     asked = []
     monkeypatch.setattr(
         training_loop.torch.utils.data, "DataLoader", lambda **kwargs: asked.append(kwargs) or []
