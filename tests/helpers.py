@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What several test files need and no fixture is."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -26,6 +27,22 @@ def run_worker(folder, source, seconds):
             os.killpg(process.pid, signal.SIGKILL)  # it and its children
             raise
     assert process.returncode == 0, output
+
+
+@contextlib.contextmanager
+def other_process_locks(path):
+    """Another process holds the lock of a file."""
+    source = (
+        "import sys; from dnnlib.util import file_lock\n"
+        "with file_lock(sys.argv[1]) as free: print(free, flush=True); sys.stdin.read()"
+    )
+    root = os.path.dirname(os.path.dirname(dnnlib.__file__))
+    command = [sys.executable, "-c", source, str(path)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, cwd=root, **pipes) as process:
+        assert process.stdout.readline() == "True\n"
+        yield
+        process.stdin.close()
 
 
 def assert_equal_states(a, b, path=""):
