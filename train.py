@@ -425,7 +425,8 @@ def make_run_dir(c):
 def how_to_go_on(run_dir):
     """What to do after a run has broken off, where there is a checkpoint."""
     saved = os.path.isfile(os.path.join(run_dir, "checkpoint.pt"))
-    return f" Go on from the last checkpoint with --resume={run_dir}" if saved else ""
+    resume = dnnlib.util.shell_word(f"--resume={run_dir}")
+    return f" Go on from the last checkpoint with {resume}" if saved else ""
 
 
 def _main(ctx, **options):

@@ -15,7 +15,9 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import uuid
@@ -121,6 +123,11 @@ def format_time_brief(seconds: float) -> str:
     """Readable duration in two units: '0h 01m' below a day, else '2d 07h'."""
     hours, rest = divmod(round(float(seconds)), 3600)
     return f"{hours // 24}d {hours % 24:02}h" if hours >= 24 else f"{hours}h {rest // 60:02}m"
+
+
+def shell_word(text: str) -> str:
+    """The text as one word of a command line, in quotes where it has spaces or signs that mean something there."""
+    return subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
 
 
 def ask_yes_no(question: str) -> bool:

@@ -710,14 +710,14 @@ def test_a_process_that_ends_is_one_line(monkeypatch, tmp_path, capsys, code, sa
 
     def end(*args, **kwargs):
         if saved:
-            (tmp_path / "run" / "checkpoint.pt").touch()
+            (tmp_path / "a run" / "checkpoint.pt").touch()
         raise ProcessExitedException("process 1 terminated", error_index=1, error_pid=1, exit_code=code)
 
     monkeypatch.setattr(distributed, "launch", end)
     with pytest.raises(SystemExit) as caught:
-        train.launch(dnnlib.EasyDict(run_dir=str(tmp_path / "run"), num_gpus=2, device="cpu"), {})
+        train.launch(dnnlib.EasyDict(run_dir=str(tmp_path / "a run"), num_gpus=2, device="cpu"), {})
     assert caught.value.code == 1
-    how = f" Go on from the last checkpoint with --resume={tmp_path / 'run'}" if saved else ""
+    how = f" Go on from the last checkpoint with '--resume={tmp_path}/a run'" if saved else ""
     said = f"Error: process 1 terminated; the others have been stopped.{how}\n" if code != 1 else ""
     assert capsys.readouterr().out.endswith("Launching processes...\n" + said)
 

@@ -10,6 +10,7 @@ import io
 import math
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,12 @@ def test_format_time(seconds, text):
 )
 def test_format_time_brief(seconds, text):
     assert util.format_time_brief(seconds) == text
+
+
+def test_shell_words_come_back_as_they_were():
+    for text in ["--resume=runs/00000-a", "--from=Mein schöner Ordner/1", "it's $HOME"]:
+        assert shlex.split(util.shell_word(text)) == [text]
+    assert util.shell_word("--from=out/00000-blocks5_6") == "--from=out/00000-blocks5_6"
 
 
 def test_ask_yes_no_insists(monkeypatch):
