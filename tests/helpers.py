@@ -10,6 +10,7 @@ import sys
 import torch
 
 import dnnlib
+from training.loss import Batch
 
 
 def run_worker(folder, source, seconds):
@@ -43,6 +44,20 @@ def other_process_locks(path):
         assert process.stdout.readline() == "True\n"
         yield
         process.stdin.close()
+
+
+def overflow_and_recover(penalty, mean, G):
+    """One penalty of path lengths that overflows leaves their running mean, mean(), as it was, and it goes on."""
+    batch = Batch(real_img=None, real_c=None, gen_z=torch.randn(4, G.z_dim), gen_c=torch.zeros(4, 0))
+    assert penalty(batch).isfinite().all()
+    before, weight = mean(), G.synthesis.b8.torgb.weight
+    whole = weight.detach().clone()
+    with torch.no_grad():
+        weight.fill_(float("inf"))
+    assert not penalty(batch).isfinite().any() and torch.equal(mean(), before)
+    with torch.no_grad():
+        weight.copy_(whole)
+    assert penalty(batch).isfinite().all() and mean().isfinite() and mean() != before
 
 
 def assert_equal_states(a, b, path=""):
