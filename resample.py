@@ -7,6 +7,7 @@ import os
 import click
 
 from dnnlib.cli import DEVICE, TRUST_PICKLE, Finite, FiniteRange, NumRange, OutDir, user_errors
+from dnnlib.util import shell_word
 from training.configs import demo_file
 
 DEMO_NETWORK = demo_file("lorelei32.pkl")
@@ -106,9 +107,8 @@ def show_files(job, folder, records):
         from ssn_ext.session import shown_candidates
 
         first = shown_candidates(records[0])[0]["number"]
-        click.echo(
-            f"Go on from candidate {first}:  python resample.py --from={folder} --pick={first} --blocks=..."
-        )
+        source = shell_word(f"--from={folder}")
+        click.echo(f"Go on from candidate {first}:  python resample.py {source} --pick={first} --blocks=...")
 
 
 # ----------------------------------------------------------------------------

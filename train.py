@@ -225,7 +225,7 @@ def setup_training_loop_kwargs(**config):
 
 def find_run(outdir, resume):
     """The run directory that --resume asks to continue, or None where it names networks to start from."""
-    if resume is None or resume in configs.PUBLISHED:
+    if resume in (None, "noresume", *configs.PUBLISHED):
         return None
     if resume == "latest":
         if outdir is None:
@@ -239,6 +239,7 @@ def find_run(outdir, resume):
             raise configs.ConfigError(f"--resume=latest: no run with a checkpoint.pt in {outdir}")
         return runs[-1]
     if not os.path.isdir(resume):
+        configs.check_source(resume)
         return None
     if not os.path.isfile(os.path.join(resume, "checkpoint.pt")):
         raise configs.ConfigError(
@@ -315,7 +316,7 @@ def show(c, command):
     print()
     print("Training options:")
     print(json.dumps(dict(c, command=command), indent=2))
-    print()
+    print(flush=True)  # before an error on stderr
     rows = {
         "Output directory": c.run_dir,
         "Training data": c.training_set_kwargs.path,
@@ -330,12 +331,15 @@ def show(c, command):
     }
     for title, value in rows.items():
         print(f"{title + ':':<19}{value}")
-    print()
+    print(flush=True)
 
 
 def image_size(training_set_kwargs):
     """'32', or 'width x height' where pictures are not square."""
-    data = dnnlib.util.construct_class_by_name(**training_set_kwargs)
+    try:
+        data = dnnlib.util.construct_class_by_name(**training_set_kwargs)
+    except OSError as err:  # of a run that goes on: they have been moved or changed
+        raise click.ClickException(str(err)) from err
     height, width = data.image_shape[1:]
     data.close()
     return str(width) if height == width else f"{width} x {height} (width x height)"
@@ -388,23 +392,41 @@ def launch(c, command):
 
     from torch_utils import distributed
 
-    os.makedirs(c.run_dir, exist_ok=c.get("exact_resume", False))
-    saved = dict({k: v for k, v in c.items() if k != "exact_resume"}, command=command)
-    with dnnlib.util.open_atomic(os.path.join(c.run_dir, "training_options.json")) as f:
-        f.write(json.dumps(saved, indent=2).encode("utf-8"))
-    print("Launching processes...")
-    try:
-        return distributed.launch(worker, c.num_gpus, args=(c,), device_type=c.device)
-    except ProcessExitedException as err:
-        if err.exit_code != 1:  # else the process has said why
-            print(f"Error: {err}; the others have been stopped.{how_to_go_on(c.run_dir)}")
-        sys.exit(1)
+    make_run_dir(c)
+    with dnnlib.util.file_lock(os.path.join(c.run_dir, ".lock")) as free:
+        if not free:
+            raise click.ClickException(f"another training is at work in {c.run_dir}")
+        dnnlib.util.remove_drafts(c.run_dir)
+        saved = dict({k: v for k, v in c.items() if k != "exact_resume"}, command=command)
+        with dnnlib.util.open_atomic(os.path.join(c.run_dir, "training_options.json")) as f:
+            f.write(json.dumps(saved, indent=2).encode("utf-8"))
+        print("Launching processes...")
+        try:
+            return distributed.launch(worker, c.num_gpus, args=(c,), device_type=c.device)
+        except ProcessExitedException as err:
+            if err.exit_code != 1:  # else the process has said why
+                print(f"Error: {err}; the others have been stopped.{how_to_go_on(c.run_dir)}")
+            sys.exit(1)
+
+
+def make_run_dir(c):
+    """Makes the run directory of a new run, with the next number where another training has just taken this one."""
+    while not c.get("exact_resume"):
+        try:
+            return os.makedirs(c.run_dir)
+        except FileExistsError:
+            taken, (outdir, name) = c.run_dir, os.path.split(c.run_dir)
+            c.run_dir = configs.next_run_dir(outdir, name.partition("-")[2])
+            if c.run_dir == taken:
+                raise
+            print(f"{taken} has just been made by another training; this one goes to {c.run_dir}")
 
 
 def how_to_go_on(run_dir):
     """What to do after a run has broken off, where there is a checkpoint."""
     saved = os.path.isfile(os.path.join(run_dir, "checkpoint.pt"))
-    return f" Go on from the last checkpoint with --resume={run_dir}" if saved else ""
+    resume = dnnlib.util.shell_word(f"--resume={run_dir}")
+    return f" Go on from the last checkpoint with {resume}" if saved else ""
 
 
 def _main(ctx, **options):

@@ -15,7 +15,9 @@ import math
 import os
 import pickle
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import uuid
@@ -93,14 +95,17 @@ class Logger:
             sink.flush()
 
     def close(self) -> None:
-        """Puts the original streams back and closes the file. May be called twice."""
-        self.flush()
+        """Puts the original streams back and closes the file. May be called twice. The streams are back even where
+        this raises an OSError, as the disk is full."""
         for name in ("stdout", "stderr"):
             if getattr(sys, name) is self:
                 setattr(sys, name, getattr(self, name))
-        if self.file is not None:
-            self.file.close()
-            self.file = None
+        file, self.file = self.file, None
+        try:
+            self.flush()
+        finally:
+            if file is not None:
+                file.close()
 
 
 def format_time(seconds: float) -> str:
@@ -118,6 +123,11 @@ def format_time_brief(seconds: float) -> str:
     """Readable duration in two units: '0h 01m' below a day, else '2d 07h'."""
     hours, rest = divmod(round(float(seconds)), 3600)
     return f"{hours // 24}d {hours % 24:02}h" if hours >= 24 else f"{hours}h {rest // 60:02}m"
+
+
+def shell_word(text: str) -> str:
+    """The text as one word of a command line, in quotes where it has spaces or signs that mean something there."""
+    return subprocess.list2cmdline([text]) if os.name == "nt" else shlex.quote(text)
 
 
 def ask_yes_no(question: str) -> bool:
@@ -303,6 +313,33 @@ def open_atomic(path: str | os.PathLike):
         raise OSError(error.errno, error.strerror, str(final)) from error
     finally:
         draft.unlink(missing_ok=True)
+
+
+def remove_drafts(folder: str | os.PathLike) -> None:
+    """Deletes what open_atomic left in a folder when its process was killed; nobody may be writing there."""
+    for path in Path(folder).iterdir():
+        if re.fullmatch(r"\.[0-9a-f]{32}\.tmp", path.name):
+            path.unlink()
+
+
+@contextlib.contextmanager
+def file_lock(path: str | os.PathLike):
+    """Context that no two processes are in at the same time for one file; gives whether it was free.
+
+    The file is made, and stays. The lock ends with this process, however it ends, and child processes do not share it.
+    Always free where the system or the file system knows no such locks.
+    """
+    with open(path, "a") as file:
+        free = True
+        try:
+            import fcntl
+
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            free = False
+        except (ImportError, OSError):
+            pass
+        yield free
 
 
 _cache_root: str | None = None

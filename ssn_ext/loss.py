@@ -9,7 +9,7 @@ import torch
 from ssn_ext import blocks, distortion, grids
 from torch_utils import distributed, training_stats
 from torch_utils.ops import conv2d_gradfix
-from training.loss import PhaseRow, StyleGAN2Loss, check_number
+from training.loss import PhaseRow, StyleGAN2Loss, check_number, finite_or
 
 
 class DistortionRegularizedLoss(StyleGAN2Loss):
@@ -163,7 +163,8 @@ class BlockPathLengthLoss(DistortionRegularizedLoss):
         img, ws = self.run_G(batch.gen_z[:size], batch.gen_c[:size])
         lengths = block_path_lengths(img, ws, grids.grids_of(self.G_synthesis), self.pl_block_beta)
         mean = self.pl_block_mean.lerp(lengths.mean(), self.pl_decay)
-        self.pl_block_mean = distributed.average(mean)  # one for all processes, as pl_mean
+        # one for all processes, as pl_mean
+        self.pl_block_mean = finite_or(distributed.average(mean), self.pl_block_mean)
         penalty = training_stats.report("Loss/pl_penalty", (lengths - mean).square())
         return training_stats.report("Loss/G/reg", penalty * self.pl_weight)
 

@@ -16,7 +16,7 @@ from ssn_ext import figures, ranking, resampling, results
 from ssn_ext.distortion import discriminator_features
 from ssn_ext.grids import block_name, grids_of
 from torch_utils.distributed import choose_device
-from torch_utils.images import read_image, read_label_map, to_uint8, write_png
+from torch_utils.images import read_label_map, read_white, to_uint8, write_png
 from training import generating
 from training.shapes import shape_of
 from training.snapshot import SnapshotError, load_network_pkl
@@ -212,7 +212,7 @@ def _choose_blocks(opts: Options, G: torch.nn.Module) -> tuple[list[int], torch.
     if opts.mask is None:
         blocks = block_tools.parse_blocks(opts.blocks, grids) if opts.blocks else []
         return blocks, block_tools.union_mask(blocks, grids, shape)
-    mask = torch.from_numpy(_labelled(opts) if opts.label else read_image(opts.mask, "L")[:, :, 0] > 127)
+    mask = torch.from_numpy(_labelled(opts) if opts.label else read_white(opts.mask) > 127)
     if list(mask.shape) != shape:
         sizes = [f"{width}x{height}" for height, width in (mask.shape, shape)]
         raise ValueError(f"--mask={opts.mask} has {sizes[0]} pixels, the network's pictures have {sizes[1]}")

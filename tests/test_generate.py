@@ -298,7 +298,7 @@ def test_a_video_goes_through_the_pictures(use, run, tmp_path):
     assert steps[-1] < 2 * np.median(steps)  # the way back to the first is closed, too
     with PIL.Image.open(folder / "walk.gif") as image:
         assert image.info["duration"] == 40 and image.info["loop"] == 0
-    elsewhere = tmp_path / "walk.gif"
+    elsewhere = tmp_path / "made for it" / "walk.gif"
     run("--seeds=3,4", f"--video={elsewhere}", "--frames=2")
     assert len(gif_frames(elsewhere)) == 4
 

@@ -267,6 +267,8 @@ def test_masks_are_cut_like_their_target(tmp_path):
     write_png(mask, white)
     found = projection.read_mask(mask, target, [10, 10])
     assert found.dtype == np.float32 and (found[:, :5] == 1).all() and (found[:, 5:] == 0).all()
+    write_png(mask, np.stack([np.full_like(white, 255)] * 3 + [white], axis=2))  # transparent elsewhere
+    assert np.array_equal(projection.read_mask(mask, target, [10, 10]), found)
     write_png(mask, white[:, :20])
     with pytest.raises(ValueError, match=r"m.png has 20x10 pixels, .*t.png has 30x10"):
         projection.read_mask(mask, target, [10, 10])

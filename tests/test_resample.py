@@ -3,6 +3,7 @@
 
 import json
 import pathlib
+import shlex
 import subprocess
 import sys
 import time
@@ -64,6 +65,14 @@ def run(snapshot, tmp_path, monkeypatch):
         return pathlib.Path(written[0]), result.output
 
     return call
+
+
+def test_the_next_command_can_be_copied(run, tmp_path):
+    folder = tmp_path / "Mein schöner Ordner"
+    result = CliRunner().invoke(resample.main, ["--blocks=0", "--candidates=1", f"--outdir={folder}"])
+    command = shlex.split(result.output.splitlines()[-1].split(":  ")[1])
+    assert command[:2] == ["python", "resample.py"] and command[-1] == "--blocks=..."
+    run(*command[2:-1], "--blocks=1")
 
 
 def record(folder, name="seed0000"):
@@ -173,7 +182,8 @@ def test_truncation_and_noise_are_passed_on(snapshot, run):
 def test_a_painted_mask_is_measured_itself(snapshot, run, tmp_path):
     mask = np.zeros((RES, RES), dtype=np.uint8)
     mask[2:5, 3:8] = 255
-    write_png(tmp_path / "Left eye.png", mask)
+    alpha = np.concatenate([np.full([RES, RES, 3], 255, np.uint8), mask[:, :, np.newaxis]], axis=2)
+    write_png(tmp_path / "Left eye.png", alpha)  # white everywhere, but seen only in places
     folder, _ = run(f"--mask={tmp_path / 'Left eye.png'}", "--candidates=1")
     result = record(folder)
     assert folder.name == "00000-mask-left_eye" and result["settings"]["blocks"] == [0]

@@ -19,6 +19,7 @@ import dnnlib
 import train
 from dnnlib.plugins import load_plugins
 from ssn_ext import transfer
+from tests.helpers import other_process_locks
 from torch_utils import distributed
 from training import configs, snapshot, training_loop
 from training.networks import Discriminator, Generator
@@ -349,7 +350,7 @@ def test_options_do_what_they_say(tmp_path):
         (["--set=nonsense"], "--set nonsense: expected name=value"),
         (
             ["--resume=/no/such.pkl", "--cfg=ssn"],
-            "--resume: cannot read /no/such.pkl: No such file or directory",
+            "--resume: /no/such.pkl is neither a run directory, a file, nor a URL",
         ),
         (["--resume=latest"], "--resume=latest: no run with a checkpoint.pt in /nowhere"),
     ],
@@ -709,14 +710,14 @@ def test_a_process_that_ends_is_one_line(monkeypatch, tmp_path, capsys, code, sa
 
     def end(*args, **kwargs):
         if saved:
-            (tmp_path / "run" / "checkpoint.pt").touch()
+            (tmp_path / "a run" / "checkpoint.pt").touch()
         raise ProcessExitedException("process 1 terminated", error_index=1, error_pid=1, exit_code=code)
 
     monkeypatch.setattr(distributed, "launch", end)
     with pytest.raises(SystemExit) as caught:
-        train.launch(dnnlib.EasyDict(run_dir=str(tmp_path / "run"), num_gpus=2, device="cpu"), {})
+        train.launch(dnnlib.EasyDict(run_dir=str(tmp_path / "a run"), num_gpus=2, device="cpu"), {})
     assert caught.value.code == 1
-    how = f" Go on from the last checkpoint with --resume={tmp_path / 'run'}" if saved else ""
+    how = f" Go on from the last checkpoint with '--resume={tmp_path}/a run'" if saved else ""
     said = f"Error: process 1 terminated; the others have been stopped.{how}\n" if code != 1 else ""
     assert capsys.readouterr().out.endswith("Launching processes...\n" + said)
 
@@ -893,3 +894,59 @@ def test_hooks_that_a_run_directory_names(tmp_path):
 def test_damaged_options_of_a_run(tmp_path, change, message):
     output, status = run(f"--resume={saved_run(tmp_path, change)}", "--dry-run")
     assert status == 2 and message in " ".join(output.split())
+
+
+def test_one_training_at_a_time_in_a_run_directory(tiny_run):
+    pytest.importorskip("fcntl", reason="this system has no such locks")
+    result = tiny_run()
+    before = {path.name: path.read_bytes() for path in result.dir.iterdir()}
+    with other_process_locks(result.dir / ".lock"):
+        refused = tiny_run(f"--resume={result.dir}", "--kimg=2", new=False)
+    assert refused.status == 1
+    assert refused.output.endswith(f"Error: another training is at work in {result.dir}\n")
+    assert {path.name: path.read_bytes() for path in result.dir.iterdir()} == before
+    draft = result.dir / f".{'0' * 32}.tmp"
+    draft.touch()  # as a training that was killed leaves it
+    assert tiny_run(f"--resume={result.dir}", new=False).status == 0
+    assert not draft.exists()
+
+
+def test_two_trainings_that_begin_at_once_get_two_directories(tiny_run, monkeypatch):
+    def other(c):
+        os.makedirs(c.run_dir)  # between the plan of this training and its launch
+
+    monkeypatch.setattr(configs, "check_resume", other)
+    result = tiny_run()
+    assert result.status == 0 and result.dir.name == "00001-ds-laptop-batch4" and result.snapshots()
+    first = result.dir.with_name("00000-ds-laptop-batch4")
+    assert f"{first} has just been made by another training; this one goes to {result.dir}\n" in result.output
+    assert list(first.iterdir()) == []
+
+
+def test_a_run_directory_that_is_not_there_is_said_first(tmp_path):
+    for more in [[], [f"--outdir={tmp_path}"]]:
+        output, status = run(f"--resume={tmp_path}/00000-typo", *more)
+        message = f"--resume: {tmp_path}/00000-typo is neither a run directory, a file, nor a URL"
+        assert (output.split("Error: ")[1].strip(), status) == (message, 2)
+
+
+def test_pictures_that_changed_since_a_run_began(tiny_run, ds, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(ds, data)
+    result = tiny_run(f"--data={data}", "--cond=True")
+
+    def go_on():
+        again = tiny_run(f"--resume={result.dir}", "--kimg=2", new=False)
+        assert again.status == 1
+        return again.output.splitlines()[-1]
+
+    (data / "dataset.json").unlink()
+    assert go_on().startswith(
+        f"Error: G in {result.dir}/checkpoint.pt does not fit this run; has its data set changed?"
+    )
+    PIL.Image.new("RGB", [16, 16]).save(data / "00.png")
+    assert go_on() == (
+        "Error: Image files do not match the specified resolution: '00.png' is 16x16, resolution is 8"
+    )
+    shutil.rmtree(data)
+    assert go_on() == f"Error: Path must point to a directory or zip: '{data}'"

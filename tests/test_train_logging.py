@@ -99,6 +99,19 @@ def test_best_of_another_metric_or_of_a_later_time_does_not_count(tmp_path):
         assert hook.best == expected
 
 
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"metric": "fid50k"}', '{"metric": "x", "kimg": [], "value": 1}']
+)
+def test_a_damaged_record_of_the_best_is_named(tmp_path, text):
+    """Going on without it would replace the best snapshot."""
+    run = dnnlib.EasyDict(
+        c=dnnlib.EasyDict(run_dir=str(tmp_path), exact_resume=True, best="fid50k"), kimg=5.0
+    )
+    (tmp_path / "best.json").write_text(text)
+    with pytest.raises(OSError, match="best.json is damaged; without it the next snapshot is the best"):
+        hooks.KeepBest(run).start()
+
+
 def test_only_own_and_past_snapshots_are_deleted(tmp_path):
     names = ["network-snapshot-000002.pkl", "network-snapshot-000004.pkl", "network-snapshot-000006.pkl"]
     others = [

@@ -64,7 +64,7 @@ def write_png(path: str | os.PathLike, array: np.ndarray) -> None:
 def read_image(path: str | os.PathLike, mode: str | None = None) -> np.ndarray:
     """Reads a picture -> uint8 [H, W, C].
 
-    `mode`: 'L', 'RGB' or 'RGBA' converts; by default C is 1 for grey, 4 with transparency, else 3. A camera's
+    `mode`: 'L', 'LA', 'RGB' or 'RGBA' converts; by default C is 1 for grey, 4 with transparency, else 3. A camera's
     note on how it was held (EXIF) is heeded. IOError, naming the path, for a file that is no picture.
     """
     try:
@@ -75,6 +75,15 @@ def read_image(path: str | os.PathLike, mode: str | None = None) -> np.ndarray:
         raise OSError(f"Not a picture of a known format: {path}") from error
     array = np.array(image)
     return array.reshape(*array.shape[:2], -1)
+
+
+def read_white(path: str | os.PathLike) -> np.ndarray:
+    """Reads a painted mask -> uint8 [H, W]: how white it is; what is transparent is not painted.
+
+    IOError as of read_image.
+    """
+    grey, alpha = np.moveaxis(read_image(path, "LA").astype(np.uint16), 2, 0)
+    return (grey * alpha // 255).astype(np.uint8)
 
 
 def read_label_map(path: str | os.PathLike) -> np.ndarray:

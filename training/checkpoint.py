@@ -40,7 +40,13 @@ class Checkpoint:
                 f"{run_dir}/{FILE_NAME} holds {', '.join(state)}, expected {', '.join(self.parts)}: other options?"
             )
         for name, part in self.parts.items():
-            part.load_state_dict(state[name])
+            try:
+                part.load_state_dict(state[name])
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as err:
+                raise CheckpointError(
+                    f"{name} in {run_dir}/{FILE_NAME} does not fit this run; has its data set changed?"
+                    f" ({' '.join(str(err).split())[:300]})"
+                ) from err
 
 
 def read(run_dir):
@@ -84,23 +90,23 @@ def cut_back_logs(run_dir, kimg):
         if name != "stats.jsonl" and not re.fullmatch(r"metric-.*\.jsonl", name):
             continue
         path = os.path.join(run_dir, name)
-        with open(path, encoding="utf-8") as f:
+        with open(path, "rb") as f:
             lines = f.readlines()
         kept = [
-            line for line in lines if _line_kimg(line) <= kimg * (1 + 1e-6)
+            line.rstrip(b"\n") + b"\n" for line in lines if _line_kimg(line) <= kimg * (1 + 1e-6)
         ]  # statistics are summed in float32
         if kept != lines:
             with open_atomic(path) as f:
-                f.write("".join(kept).encode("utf-8"))
+                f.write(b"".join(kept))
 
 
 def _line_kimg(line):
     """The line's date in kimg; -inf where it has none, +inf where the line is broken."""
     try:
         entry = json.loads(line)
-    except ValueError:
+        if "Progress/kimg" in entry:
+            return float(entry["Progress/kimg"]["mean"])
+        found = re.search(r"network-snapshot-(\d+)\.pkl", str(entry.get("snapshot_pkl")))
+    except (AttributeError, KeyError, TypeError, ValueError):
         return float("inf")
-    if "Progress/kimg" in entry:
-        return entry["Progress/kimg"]["mean"]
-    found = re.search(r"network-snapshot-(\d+)\.pkl", str(entry.get("snapshot_pkl")))
     return int(found[1]) if found else float("-inf")

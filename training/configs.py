@@ -365,6 +365,12 @@ def resolve_resume(text):
     return PUBLISHED_URL + PUBLISHED[text] if text in PUBLISHED else text
 
 
+def check_source(path):
+    """ConfigError for a path that is neither a file nor a URL."""
+    if not (dnnlib.util.is_url(path, allow_file_urls=True) or os.path.isfile(path)):
+        raise ConfigError(f"--resume: {path} is neither a run directory, a file, nor a URL")
+
+
 def _resume(c, opts):
     if opts.resume is None or opts.resume == "noresume":
         if opts.allow_partial:
@@ -376,8 +382,7 @@ def _resume(c, opts):
     c.resume_pkl = resolve_resume(opts.resume)
     if opts.trust_pickle:
         c.resume_trust = True
-    if not (dnnlib.util.is_url(c.resume_pkl, allow_file_urls=True) or os.path.isfile(c.resume_pkl)):
-        raise ConfigError(f"--resume: {opts.resume} is neither a run directory, a file, nor a URL")
+    check_source(c.resume_pkl)
     if os.path.isfile(c.resume_pkl):
         _ = opts.source  # a file that is no snapshot ends here, before there is a run directory
     if not c.pop(

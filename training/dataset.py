@@ -5,6 +5,7 @@ import io
 import json
 import os
 import zipfile
+import zlib
 from typing import Any
 
 import numpy as np
@@ -233,7 +234,8 @@ class ImageFolderDataset(Dataset):
                 return f.read()
         try:
             return self._get_zip().read(fname)
-        except zipfile.BadZipFile as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+            # of a RuntimeError: encrypted, or compressed in a way that Python does not know
             raise OSError(f"Cannot read '{fname}' in '{self._path}': {error}") from error
 
     def _decode(self, raw_idx: int) -> np.ndarray:

@@ -324,10 +324,16 @@ class KeepBest(Hook):
             return
         self.metric, self.ending, self.better = running.parse_best(run.c.best)
         if run.c.exact_resume and os.path.isfile(self.path("best.json")):
-            with open(self.path("best.json"), encoding="utf-8") as f:
-                best = json.load(f)
-            if best["metric"] == run.c.best and best["kimg"] <= run.kimg:
-                self.best = best["value"]
+            try:
+                with open(self.path("best.json"), encoding="utf-8") as f:
+                    best = json.load(f)
+                metric, kimg, value = best["metric"], float(best["kimg"]), float(best["value"])
+            except (KeyError, TypeError, ValueError) as err:
+                raise OSError(
+                    f"{self.path('best.json')} is damaged; without it the next snapshot is the best"
+                ) from err
+            if metric == run.c.best and kimg <= run.kimg:
+                self.best = value
 
     def tick(self):
         """Copies this tick's snapshot if it is better than all before."""

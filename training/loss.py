@@ -167,7 +167,8 @@ class StyleGAN2Loss(Loss):
         ours = lengths.mean()
         everyones = distributed.average(ours)
         # one for all processes; it moves with the lengths, so a part of the gradient goes through it
-        mean = self.pl_mean = self.pl_mean.lerp(everyones, self.pl_decay)
+        mean = self.pl_mean.lerp(everyones, self.pl_decay)
+        self.pl_mean = finite_or(mean, self.pl_mean)
         through_mean = (
             (everyones - mean) * (2 * self.pl_decay) * (ours - ours.detach())
         )  # 0 but for its gradient
@@ -224,6 +225,12 @@ class StyleGAN2Loss(Loss):
     def load_state_dict(self, state):
         """Restores the running mean of path lengths."""
         self.pl_mean = state["pl_mean"].to(self.device)
+
+
+def finite_or(new, old):
+    """A running mean: the new value, or the old one where half precision overflowed, which would stay in it for
+    ever."""
+    return torch.where(new.isfinite(), new, old)
 
 
 def _report_scores(kind, logits):

@@ -104,6 +104,8 @@ def _generate(o: Options, G: torch.nn.Module, label: torch.Tensor | None, device
     paths = [os.path.join(o.outdir, name) for name in files]
     generating.check_free([*paths, *[video] * bool(video)], o.overwrite)
     os.makedirs(o.outdir, exist_ok=True)
+    if video:
+        os.makedirs(os.path.dirname(video), exist_ok=True)
 
     kept_ws, kept = [], []
     made = generating.pictures(G, _keep(batches, kept_ws if video else None), o.noise_mode, noise_seeds)

@@ -22,7 +22,7 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 
-from torch_utils.images import read_image, to_float
+from torch_utils.images import read_image, read_white, to_float
 
 LARGEST_SIDE = 256  # of what the detector sees
 STATISTICS_SEED = 123
@@ -169,7 +169,7 @@ def read_mask(path: str, target_path: str, shape: Sequence[int]) -> np.ndarray:
 
     ValueError where it has another size, or nothing white.
     """
-    mask, target = read_image(path, "L")[:, :, 0], read_image(target_path, "L")
+    mask, target = read_white(path), read_image(target_path, "L")
     if mask.shape != target.shape[:2]:
         sizes = [f"{width}x{height}" for height, width in (mask.shape, target.shape[:2])]
         raise ValueError(f"--mask={path} has {sizes[0]} pixels, {target_path} has {sizes[1]}")

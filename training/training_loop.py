@@ -100,7 +100,8 @@ def training_loop(rank=0, abort_fn=None, progress_fn=None, **config):
             while not run.done:
                 if run.must_stop():
                     run.checkpoint_now()
-                    run.say(f"Stopped at {run.kimg:.1f} kimg; go on with --resume={run.c.run_dir}")
+                    resume = dnnlib.util.shell_word(f"--resume={run.c.run_dir}")
+                    run.say(f"Stopped at {run.kimg:.1f} kimg; go on with {resume}")
                     return False
                 run.iterate()
                 if run.tick_due():

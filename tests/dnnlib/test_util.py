@@ -5,18 +5,22 @@ import builtins
 import copy
 import ctypes
 import datetime
+import errno
 import io
 import math
 import os
 import pickle
+import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import dnnlib
 from dnnlib import util
+from tests.helpers import other_process_locks
 
 
 def test_importing_stays_light():
@@ -99,6 +103,17 @@ class TestLogger:
         with util.Logger(str(tmp_path / "log.txt")):
             assert not sys.stdout.isatty()  # rewritten lines would pile up in the file
 
+    @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+    def test_a_full_disk_does_not_keep_the_streams(self, monkeypatch):
+        screen = self.screen(monkeypatch)
+        logger = util.Logger("/dev/full")
+        with pytest.raises(OSError, match="No space left"):
+            print("lost")
+        with pytest.raises(OSError, match="No space left"):
+            logger.close()
+        assert (sys.stdout, sys.stderr) == screen and logger.file is None
+        logger.close()
+
     def test_leaves_the_streams_of_others_alone(self, monkeypatch):
         screen = self.screen(monkeypatch)
         logger = util.Logger()
@@ -122,6 +137,12 @@ def test_format_time(seconds, text):
 )
 def test_format_time_brief(seconds, text):
     assert util.format_time_brief(seconds) == text
+
+
+def test_shell_words_come_back_as_they_were():
+    for text in ["--resume=runs/00000-a", "--from=Mein schöner Ordner/1", "it's $HOME"]:
+        assert shlex.split(util.shell_word(text)) == [text]
+    assert util.shell_word("--from=out/00000-blocks5_6") == "--from=out/00000-blocks5_6"
 
 
 def test_ask_yes_no_insists(monkeypatch):
@@ -217,6 +238,38 @@ class TestFiles:
             file.write(b"half of the new")
             raise RuntimeError("power cut")
         assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x.bin"]
+
+    def test_drafts_of_a_killed_process_are_removed_and_nothing_else(self, tmp_path, monkeypatch):
+        with monkeypatch.context() as m:  # as if killed
+            m.setattr(os, "replace", lambda *paths: None)
+            m.setattr(Path, "unlink", lambda *args, **kwargs: None)
+            with util.open_atomic(tmp_path / "a.bin") as file:
+                file.write(b"x")
+        others = [".hidden", "my.tmp", ".0123.tmp"]
+        for name in others:
+            (tmp_path / name).touch()
+        assert len(os.listdir(tmp_path)) == 4
+        util.remove_drafts(tmp_path)
+        assert sorted(os.listdir(tmp_path)) == sorted(others)
+
+    def test_a_lock_excludes_other_processes_until_they_end(self, tmp_path):
+        pytest.importorskip("fcntl", reason="this system has no such locks")
+        path = str(tmp_path / ".lock")
+        with other_process_locks(path):
+            with util.file_lock(path) as free:
+                assert not free
+        with util.file_lock(path) as free:
+            assert free
+
+    def test_where_there_are_no_locks_all_are_free(self, tmp_path, monkeypatch):
+        fcntl = pytest.importorskip("fcntl", reason="this system has no such locks")
+
+        def refuse(*args):
+            raise OSError(errno.ENOLCK, "No locks available")
+
+        monkeypatch.setattr(fcntl, "lockf", refuse)
+        with util.file_lock(tmp_path / ".lock") as free:
+            assert free
 
     def test_open_atomic_names_the_file_that_could_not_be_written(self, tmp_path):
         path = tmp_path / "x.bin"

@@ -7,6 +7,7 @@ from click.testing import CliRunner
 
 from ssn_ext import blocks, loss
 from ssn_ext.networks import SpatialGenerator
+from tests.helpers import overflow_and_recover
 from training.loss import Batch
 
 GRID = [2, 2]
@@ -134,3 +135,10 @@ def test_option(ds, tiny_run, tmp_path):
         train.build_command(), ["--outdir=x", f"--data={ds}", "--cfg=ssn", "--pl-block-beta=0"]
     )
     assert result.exit_code != 0 and "0.0 is not in the range x>0" in result.output
+
+
+def test_an_overflow_does_not_stay_in_the_mean():
+    widths = dict(channel_base=64, channel_max=8)
+    G = SpatialGenerator(8, 0, 8, 8, 3, latent_grid=[2, 2], synthesis_kwargs=widths)
+    ours = loss.BlockPathLengthLoss("cpu", G.mapping, G.synthesis, None)
+    overflow_and_recover(ours.block_path_length, lambda: ours.pl_block_mean, G)

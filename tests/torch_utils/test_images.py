@@ -113,6 +113,23 @@ class TestFiles:
         PIL.Image.fromarray(deep).save(tmp_path / "16.png")
         assert images.read_image(tmp_path / "16.png").tolist() == [[[0], [1], [255], [128]]]
 
+    def test_what_is_transparent_is_not_white(self, tmp_path):
+        """Programs that paint keep colours under what is transparent, often white."""
+        white = PIL.Image.new("RGBA", (2, 2), "white")
+        white.putalpha(PIL.Image.fromarray(np.array([[0, 100], [128, 255]], np.uint8)))
+        for mode in ["RGBA", "LA"]:
+            white.convert(mode).save(tmp_path / "a.png")
+            assert images.read_white(tmp_path / "a.png").tolist() == [[0, 100], [128, 255]]
+        palette = PIL.Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+        palette.putpalette([255] * 6 + [0] * 3)
+        palette.save(tmp_path / "p.png", transparency=0)
+        assert images.read_white(tmp_path / "p.png").tolist() == [[0, 255, 0]]
+        for mode, white in [("L", 255), ("RGB", (255, 255, 255)), ("1", 1), ("CMYK", (0, 0, 0, 0))]:
+            PIL.Image.new(mode, (1, 1), white).save(tmp_path / "w.tif")
+            assert images.read_white(tmp_path / "w.tif").tolist() == [[255]]
+        PIL.Image.fromarray(np.array([[0, 65535]], np.uint16)).save(tmp_path / "16.png")
+        assert images.read_white(tmp_path / "16.png").tolist() == [[0, 255]]
+
     def test_read_mistakes(self, tmp_path):
         (tmp_path / "x.png").write_text("no picture")
         with pytest.raises(OSError, match="x.png"):

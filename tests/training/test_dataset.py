@@ -310,6 +310,24 @@ def test_a_damaged_zip_entry_is_an_ioerror(tmp_path):
         ImageFolderDataset(path)
 
 
+@pytest.mark.parametrize(
+    "place,value,message",
+    [(6, 1, "encrypted"), (8, 9, "compression"), (35, 7, "Error -3 while decompressing")],
+)
+def test_zip_entries_that_python_cannot_unpack_are_ioerrors(tmp_path, place, value, message):
+    """Encrypted ones, Deflate64, which Windows writes, and damage that shows before the checksum."""
+    path = tmp_path / "faces.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a.png", encoded(pictures(1)[0]))
+    data = bytearray(path.read_bytes())
+    data[place] = value  # of the entry's header or data
+    if place < 30:
+        data[data.index(b"PK\x01\x02") + place + 2] = value  # of the directory
+    path.write_bytes(data)
+    with pytest.raises(OSError, match=f"Cannot read 'a.png' in .*{message}"):
+        ImageFolderDataset(path)
+
+
 def test_pickling_leaves_handles_and_caches_behind(tmp_path):
     path = zipped(tmp_path / "faces.zip", folder(tmp_path / "faces", labels=[[n, 1] for n in names(10)]))
     data = ImageFolderDataset(path, use_labels=True, max_size=3, xflip=True)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.helpers import overflow_and_recover
 from torch_utils import training_stats
 from training.loss import StyleGAN2Loss
 from training.networks import Discriminator, Generator
@@ -88,6 +89,12 @@ def test_reference_numbers_of_all_phases():
     reported.update({"r1_penalty": 0.010686, "D/reg": 0.053431})
     for name, value in reported.items():
         assert stats[f"Loss/{name}"] == pytest.approx(value, rel=1e-3), name
+
+
+def test_an_overflow_does_not_stay_in_the_mean_of_path_lengths():
+    G = Generator(8, 0, 8, 8, 3, synthesis_kwargs=dict(channel_base=64, channel_max=8))
+    loss = StyleGAN2Loss("cpu", G.mapping, G.synthesis, None)
+    overflow_and_recover(loss.path_length, lambda: loss.pl_mean, G)
 
 
 def test_terms_of_weight_zero_cost_nothing():

@@ -440,12 +440,13 @@ def test_a_failed_save_leaves_the_old_checkpoint(tmp_path):
 
 def test_logs_are_cut_back_to_the_checkpoint(tmp_path):
     stats = [json.dumps({"Progress/kimg": {"num": 1, "mean": kimg, "std": 0}}) for kimg in [0.0, 4.0, 8.0]]
-    (tmp_path / "stats.jsonl").write_text("\n".join(stats) + '\n{"Progress/ki')
+    broken = b'\xff\xfe\x00\nnull\n[1]\n{"Progress/kimg": 1}\n'
+    (tmp_path / "stats.jsonl").write_bytes(broken + "\n".join(stats).encode() + b'\n{"Progress/ki')
     metrics = [
         json.dumps({"snapshot_pkl": name})
         for name in ["network-snapshot-000004.pkl", "network-snapshot-000008.pkl", None]
     ]
-    (tmp_path / "metric-fid5k.jsonl").write_text("\n".join(metrics) + "\n")
+    (tmp_path / "metric-fid5k.jsonl").write_text("\n".join(metrics))  # what is appended begins a line
     (tmp_path / "notes.jsonl").write_text("not ours")
     checkpoint.cut_back_logs(str(tmp_path), kimg=5.0)
     assert (tmp_path / "stats.jsonl").read_text() == "\n".join(stats[:2]) + "\n"
