@@ -298,14 +298,17 @@ def copy_files_and_create_dirs(files: list) -> None:
 def open_atomic(path: str | os.PathLike):
     """A binary file that appears under `path` complete or not at all.
 
-    Written under another name in the same folder, then renamed; on an exception nothing is left behind. An OSError of
-    writing, such as a full disk, names `path`.
+    Written under another name in the same folder, to the disk itself, so that a power cut leaves the old file or the
+    new one, then renamed; on an exception nothing is left behind. An OSError of writing, such as a full disk, names
+    `path`.
     """
     final = Path(path)
     draft = final.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
         with open(draft, "wb") as file:
             yield file
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(draft, final)
     except OSError as error:
         if error.errno is None or error.filename not in (None, str(draft)):

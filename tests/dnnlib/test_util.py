@@ -239,6 +239,14 @@ class TestFiles:
             raise RuntimeError("power cut")
         assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x.bin"]
 
+    def test_open_atomic_is_on_the_disk_before_it_takes_the_name(self, tmp_path, monkeypatch):
+        sizes, replaced = [], os.replace
+        monkeypatch.setattr(os, "fsync", lambda number: sizes.append(os.fstat(number).st_size))
+        monkeypatch.setattr(os, "replace", lambda *paths: sizes.append("name") or replaced(*paths))
+        with util.open_atomic(tmp_path / "x.bin") as file:
+            file.write(b"four")
+        assert sizes == [4, "name"]
+
     def test_drafts_of_a_killed_process_are_removed_and_nothing_else(self, tmp_path, monkeypatch):
         with monkeypatch.context() as m:  # as if killed
             m.setattr(os, "replace", lambda *paths: None)
