@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures and labels: the base class `Dataset`, and `ImageFolderDataset`, which reads a folder or a zip."""
 
+import hashlib
 import io
 import json
 import os
@@ -208,6 +209,12 @@ class ImageFolderDataset(Dataset):
         if self._zip is not None:
             self._zip.close()
             self._zip = None
+
+    def order_digest(self) -> str:
+        """sha256 of the pictures' names in order, and of the labels: what must be the same for item n to be."""
+        digest = hashlib.sha256("\n".join(self._image_fnames).encode("utf-8", "surrogateescape"))
+        digest.update(np.ascontiguousarray(self._get_raw_labels()).tobytes())
+        return digest.hexdigest()
 
     def __getstate__(self) -> dict:
         return dict(super().__getstate__(), _zip=None, _zip_pid=None)

@@ -383,6 +383,31 @@ def test_checkpoints_between_ticks(pictures, tmp_path, monkeypatch):
     assert {0, 8, 16, 24, 32} <= set(saved)
 
 
+def test_other_names_or_labels_are_no_continuation(pictures, tmp_path):
+    """Of as many pictures: the order, and with it every batch, would be another one. A copy elsewhere is the same."""
+    c = options(pictures, tmp_path / "run", total_kimg=0.016)
+    training_loop.training_loop(**c)
+    copy = tmp_path / "copy"
+    shutil.copytree(pictures, copy)
+    c.training_set_kwargs.update(path=str(copy))
+    assert training_loop.training_loop(**dict(c, total_kimg=0.024), exact_resume=True) is True
+    table = json.loads((copy / "dataset.json").read_text())
+    (copy / "dataset.json").write_text(
+        json.dumps({"labels": [[name, 1 - label] for name, label in table["labels"]]})
+    )
+    with pytest.raises(
+        checkpoint.CheckpointError, match="copy has other file names or labels than when the run"
+    ):
+        training_loop.training_loop(**dict(c, total_kimg=0.032), exact_resume=True)
+    names = {name: name.replace("000", "zzz") for name, _ in table["labels"]}
+    os.rename(copy / "000.png", copy / "zzz.png")
+    (copy / "dataset.json").write_text(
+        json.dumps({"labels": [[names[n], label] for n, label in table["labels"]]})
+    )
+    with pytest.raises(checkpoint.CheckpointError, match="other file names or labels"):
+        training_loop.training_loop(**dict(c, total_kimg=0.032), exact_resume=True)
+
+
 def test_another_data_set_is_no_continuation(pictures, tmp_path):
     c = options(pictures, tmp_path / "run")
     training_loop.training_loop(**c)
