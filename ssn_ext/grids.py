@@ -90,13 +90,18 @@ def default_splits(grid: Grids, img_shape: Sequence[int], last: int) -> list[int
     img_shape: [H, W] of the pictures, which the layers of resolution `last` make; `last` itself where even these
     blocks are smaller.
     """
-    splits = []
-    for h, w in as_grids(grid)[1:]:
-        split = 8
-        while split < last and (img_shape[0] * split < 2 * h * last or img_shape[1] * split < 2 * w * last):
-            split *= 2
-        splits.append(split)
-    return splits
+    return [max(resolution_for(each, img_shape, last, pixels=2), 8) for each in as_grids(grid)[1:]]
+
+
+def resolution_for(grid: Grid, img_shape: Sequence[int], last: int, pixels: int = 1) -> int:
+    """The first resolution of 4, 8, ... `last` at which every block of one grid has `pixels` pixels a side; `last`
+    where there is none. img_shape: as for `default_splits`."""
+    resolution = 4
+    while resolution < last and any(
+        side * resolution < pixels * blocks * last for side, blocks in zip(img_shape, grid, strict=True)
+    ):
+        resolution *= 2
+    return resolution
 
 
 def check_splits(grid: Grids, splits: Sequence[int], last: int) -> None:

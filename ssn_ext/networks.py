@@ -59,6 +59,8 @@ def resize(x, height, width):
 
 def sum_of_maps(grids, height, width):
     """The sum [N,C,height,width] of the maps that `resize` makes of grids of [N,C,h,w]."""
+    if len(grids) == 1 and grids[0].shape[2:] == (height, width):
+        return grids[0]
     if not _is_small(grids):
         return sum(resize(grid, height, width) for grid in grids)
     matrix, _, values = _stacked(grids, height, width)
@@ -141,13 +143,13 @@ def spatially_modulated_conv2d(
     if demodulation is not None and x.dtype == torch.float16:
         weight, styles = _rescale_for_half(weight, styles)
     small, fused = _is_small(styles), _fuses(x, styles)
-    grids = styles if small or fused else [sum_of_maps(styles, *shape)]  # that map once for all that follows
+    grids = styles if fused else [sum_of_maps(styles, *shape)]  # the map, once for all that follows
     scale = None
     if demodulation == "local":
         scale = local_scale(weight, sum_of_maps(styles, *(cells or shape)))
-    elif demodulation == "circular":
-        of_maps = mean_square if small or not fused else spatial_modulation.mean_square
-        scale = _inverse_root(_energy_through(weight, of_maps(grids, *shape)))
+    elif demodulation == "circular" and (small or fused):
+        of_maps = mean_square if small else spatial_modulation.mean_square
+        scale = _inverse_root(_energy_through(weight, of_maps(styles, *shape)))
     elif demodulation is not None:
         variance = expected_variance(weight, sum_of_maps(grids, *shape), demodulation, flip_weight)
         scale = _inverse_root(variance)

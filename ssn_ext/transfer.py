@@ -5,7 +5,7 @@ import copy
 import inspect
 
 from ssn_ext.blocks import default_grid
-from ssn_ext.grids import as_grids, block_counts, default_splits
+from ssn_ext.grids import as_grids, block_counts, default_splits, resolution_for
 from training.shapes import shape_of
 from training.transfer import copy_networks
 
@@ -87,10 +87,7 @@ def default_encoder(channel_max, grid, img_shape, last):
     resolution at which every block has a position of its own, 4x4 for a grid of 4x4. Two convolutions there see two
     blocks far to each side; finer ones cost up to a third of the generator and drew no better pictures
     (docs/experiments.md). img_shape: [H, W] of the pictures, which the layers of resolution `last` make."""
-    rows, columns = (max(sides) for sides in zip(*as_grids(grid), strict=True))
-    reach = 4
-    while reach < last and (img_shape[0] * reach < rows * last or img_shape[1] * reach < columns * last):
-        reach *= 2
+    reach = max(resolution_for(each, img_shape, last) for each in as_grids(grid))
     return dict(channels=max(channel_max // 4, 8), max_resolution=reach)
 
 

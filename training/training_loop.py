@@ -216,7 +216,7 @@ class Run:
         torch.manual_seed(c.random_seed)  # every process builds the same networks
         self._load_data()
         numbers = dict(nimg=0, tick=0, tick_start_nimg=0, seconds=0.0)
-        self.counters = checkpoint.Counters(**numbers, **self._data_identity())
+        self.counters = checkpoint.Counters(**numbers, **self.data_identity)
         self._build_networks()
         if c.resume_pkl is not None and not c.exact_resume:
             self._transfer()
@@ -255,15 +255,13 @@ class Run:
         self.say(f"Image shape: {self.training_set.image_shape}")
         self.say(f"Label shape: {self.training_set.label_shape}")
         self.say("")
-
-    def _data_identity(self):
         digest = getattr(
             self.training_set, "order_digest", lambda: None
-        )  # data sets of other people's need none
-        return dict(num_raw=self.training_set.num_raw, data_digest=digest())
+        )()  # data sets of a user's own need none
+        self.data_identity = dict(num_raw=self.training_set.num_raw, data_digest=digest)
 
     def _check_data(self):
-        had, has, path = self.counters, self._data_identity(), self.c.training_set_kwargs.path
+        had, has, path = self.counters, self.data_identity, self.c.training_set_kwargs.path
         change = None
         if had.num_raw != has["num_raw"]:
             change = f"{path} holds {has['num_raw']} pictures, {had.num_raw} when the run began"
