@@ -57,6 +57,25 @@ def select(mode: str) -> None:
             _decide()
 
 
+@contextlib.contextmanager
+def reference_only():
+    """Context in which everything runs on PyTorch's own operations, whatever was selected."""
+    global _mode, _decision
+    with _lock:
+        before = _mode, _decision
+        _mode, _decision = "reference", (None, "as asked")
+    try:
+        yield
+    finally:
+        with _lock:
+            _mode, _decision = before
+
+
+def is_reference() -> bool:
+    """Whether PyTorch's own operations are asked for everywhere (`select("reference")`)."""
+    return _mode == "reference"
+
+
 def status() -> str:
     """One line for the log: which implementation is in use, and why. Makes the decision if it is still open."""
     with _lock:
