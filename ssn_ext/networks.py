@@ -27,9 +27,9 @@ from torch_utils import misc, persistence
 from torch_utils.ops import bias_act, conv2d_resample, fma, upfirdn2d
 
 try:
-    from torch_utils.ops import own_kernels, spatial_modulation
+    from torch_utils.ops import own_kernels, spatial_modulation, tap_energy
 except ImportError:
-    own_kernels = spatial_modulation = None
+    own_kernels = spatial_modulation = tap_energy = None
 
 HALF_DEVICES = {"float16": ["cuda"], "bfloat16": ["cuda", "cpu"]}  # on others float32 stays
 SMALLEST, LARGEST = 4, 32  # sides of h0 x w0
@@ -149,7 +149,7 @@ def spatially_modulated_conv2d(
         scale = local_scale(weight, sum_of_maps(styles, *(cells or shape)))
     elif demodulation == "circular" and (small or fused):
         of_maps = mean_square if small else spatial_modulation.mean_square
-        scale = _inverse_root(_energy_through(weight, of_maps(styles, *shape)))
+        scale = _inverse_root(of_maps(styles, *shape).matmul(_tap_energy(weight).t()))
     elif demodulation is not None:
         variance = expected_variance(weight, sum_of_maps(grids, *shape), demodulation, flip_weight)
         scale = _inverse_root(variance)
@@ -201,7 +201,7 @@ def expected_variance(weight, styles, borders="circular", flip_weight=True):
     dtype = torch.promote_types(styles.dtype, torch.float32)  # never in half precision
     styles, weight = styles.to(dtype), weight.to(dtype)
     if borders == "circular":
-        return _energy_through(weight, (styles * styles).mean(dim=[2, 3]))
+        return (styles * styles).mean(dim=[2, 3]).matmul(_tap_energy(weight).t())
     assert borders == "zero_padded", borders
     energy, squares = styles * styles, weight * weight
     if not flip_weight:
@@ -224,8 +224,8 @@ def local_scale(weight, styles):
     give StyleGAN2's value."""
     dtype = torch.promote_types(styles.dtype, torch.float32)
     styles, weight = styles.to(dtype), weight.to(dtype)
-    squares = (weight * weight).sum(dim=[2, 3], keepdim=True)
-    return _inverse_root(torch.nn.functional.conv2d(styles * styles, squares))
+    energy = _tap_energy(weight)[:, :, None, None]
+    return _inverse_root(torch.nn.functional.conv2d(styles * styles, energy))
 
 
 def repeat_cells(x, times):
@@ -237,18 +237,9 @@ def repeat_cells(x, times):
     return x.permute(0, 3, 1, 2)
 
 
-def _energy_through(weight, energy):
-    """energy [N,I] times the sums of the taps' squares of weight [O,I,k,k], summed over I -> [N,O].
-
-    One product without those sums as a step between. Without gradients in parts of the weights that stay in a
-    core's cache: the pass over the weights is most of what demodulation costs.
-    """
-    energy = energy[:, :, None].expand(-1, -1, weight.shape[2] * weight.shape[3]).flatten(1)  # for every tap
-    rows = weight.flatten(1)
-    if torch.is_grad_enabled() or torch.jit.is_tracing():
-        return torch.matmul(energy, (rows * rows).t())
-    parts = rows.split(max(2**17 // rows.shape[1], 1))
-    return torch.cat([torch.matmul(energy, (part * part).t()) for part in parts], dim=1)
+def _tap_energy(weight):
+    """weight [O,I,k,k] -> [O,I]: the sum of the taps' squares."""
+    return (weight * weight).sum(dim=[2, 3]) if tap_energy is None else tap_energy.tap_energy(weight)
 
 
 def _rescale_for_half(weight, grids):
@@ -306,10 +297,11 @@ class PointwiseLayer(torch.nn.Module):
         height, width = x.shape[2], x.shape[3]
         num, channels = x.shape[0], x.shape[1]
         x = x.permute(0, 2, 3, 1).reshape(-1, channels)  # one matrix product for all samples and positions
+        x = x * self.weight_gain  # on x it costs less than on the matrix, or on the matrix's gradient
         if self.bias is None:
-            x = torch.matmul(x, self.weight.t()) * self.weight_gain
-        else:  # both gains ride along in it
-            x = torch.addmm(self.bias, x, self.weight.t(), beta=self.bias_gain, alpha=self.weight_gain)
+            x = torch.matmul(x, self.weight.t())
+        else:
+            x = torch.addmm(self.bias, x, self.weight.t(), beta=self.bias_gain)
         x = x.reshape(num, height, width, x.shape[1]).permute(0, 3, 1, 2)  # a view, channels-last
         return x if self.activation == "linear" else bias_act.bias_act(x, act=self.activation)
 

@@ -19,6 +19,7 @@ import threading
 from pathlib import Path
 
 import torch
+from torch.autograd import forward_ad
 
 from torch_utils import nvrtc
 from torch_utils.cuda_driver import Driver
@@ -74,6 +75,19 @@ def reference_only():
 def is_reference() -> bool:
     """Whether PyTorch's own operations are asked for everywhere (`select("reference")`)."""
     return _mode == "reference"
+
+
+def is_watched(x: torch.Tensor) -> bool:
+    """Whether somebody looks on who expects PyTorch's own operations, with all that is registered for them: a tracer
+    or compiler, autocast on a CPU, torch.func, forward-mode derivatives, a tensor subclass as x."""
+    if type(x) not in (torch.Tensor, torch.nn.Parameter) or torch.jit.is_tracing():
+        return True
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return True
+    return getattr(forward_ad, "_current_level", -1) >= 0 or _transforms() is not None
+
+
+_transforms = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
 
 
 def status() -> str:

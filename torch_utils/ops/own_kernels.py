@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from . import spatial_modulation
 from .conv2d_resample import _conv, _conv_upsampled, _total_padding
+from .tap_energy import tap_energy
 from .upfirdn2d import _by_axis, _filter_pass
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -85,8 +86,7 @@ def spatial_layer(x, weight, grids, demodulate, noise, bias, **options):
     scale = demodulate if isinstance(demodulate, torch.Tensor) else None
     if demodulate is True:
         energy = spatial_modulation.mean_square(grids, *x.shape[2:])  # [N,I]
-        taps = weight.square().flatten(2)  # a product with ones is faster than a sum over few values
-        scale = (energy.matmul(taps.matmul(taps.new_ones(taps.shape[2])).t()) + 1e-8).rsqrt()
+        scale = (energy.matmul(tap_energy(weight).t()) + 1e-8).rsqrt()
     x = x.contiguous(memory_format=torch.channels_last)
     out = torch.empty_like(x)
     for n, rows, style in _style_strips(x, grids):

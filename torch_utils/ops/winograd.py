@@ -15,7 +15,6 @@ standard deviation, the largest of a million within 3e-5).
 import functools
 
 import torch
-from torch.autograd import forward_ad
 
 from torch_utils import custom_ops
 
@@ -29,7 +28,14 @@ def pays(x, weight, stride=1, padding=0, dilation=1, groups=1):
     """Whether `conv2d` can do this convolution and saves time: float32 on a CPU, a 3x3 kernel that moves by single
     pixels, many channels and tiles, and nobody looking on who wants PyTorch's own operation (a tracer or compiler,
     autocast, torch.func, forward-mode derivatives, --ops=reference)."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32 or _watched(x):
+    if (
+        x.device.type != "cpu"
+        or x.dtype != torch.float32
+        or weight.dtype != torch.float32
+        or custom_ops.is_watched(x)
+    ):
+        return False
+    if custom_ops.is_reference():
         return False
     if x.ndim != 4 or tuple(weight.shape[2:]) != (_TAPS, _TAPS) or min(weight.shape[:2]) < _CHANNELS:
         return False
@@ -39,23 +45,6 @@ def pays(x, weight, stride=1, padding=0, dilation=1, groups=1):
         return False
     rows, columns = (side // _TILE for side in _size(x, _pair(padding)))
     return min(rows, columns) > 0 and x.shape[0] * rows * columns >= _TILES
-
-
-def _watched(x):
-    if type(x) not in (torch.Tensor, torch.nn.Parameter):
-        return True
-    if torch.jit.is_tracing() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return True
-    return (
-        custom_ops.is_reference()
-        or getattr(forward_ad, "_current_level", -1) >= 0
-        or _transforms() is not None
-    )
-
-
-_transforms = getattr(
-    getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None
-)  # of torch.func
 
 
 def _pair(value):
@@ -106,8 +95,15 @@ class _Tiles:
         pixels = images.permute(0, 2, 3, 1)
         if any(before) or shape != [height, width] or not pixels.is_contiguous():
             y, x = before
-            padded = images.new_zeros([num, *shape, channels])
+            padded = images.new_empty([num, *shape, channels])
             padded[:, y : y + height, x : x + width] = pixels[:, : shape[0] - y, : shape[1] - x]
+            for border in (
+                padded[:, :y],
+                padded[:, y + height :],
+                padded[:, :, :x],
+                padded[:, :, x + width :],
+            ):
+                border.zero_()
             pixels = padded
         n, h, w, c = pixels.stride()
         steps = [h, w, n, _TILE * h, _TILE * w, c]
@@ -164,9 +160,9 @@ def _of_weight(x, y, padding):
     back, G, B = _matrices(False, x.dtype)
     counts = [-(-side // _TILE) for side in y.shape[2:]]
     before, after = _Tiles(B, x, padding, counts), _Tiles(back.t(), y, (0, 0), counts)
-    total = x.new_zeros([len(B), y.shape[1], x.shape[1]])
-    for chunk in _chunks(x.shape[0], counts, max(total.shape[1:])):
-        total.baddbmm_(after(*chunk).transpose(1, 2), before(*chunk))
+    total = x.new_empty([len(B), y.shape[1], x.shape[1]])
+    for number, chunk in enumerate(_chunks(x.shape[0], counts, max(total.shape[1:]))):
+        total.baddbmm_(after(*chunk).transpose(1, 2), before(*chunk), beta=min(number, 1))
     return torch.mm(total.flatten(1).t(), G).view(y.shape[1], x.shape[1], _TAPS, _TAPS)
 
 
