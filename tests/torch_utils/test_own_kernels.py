@@ -5,17 +5,30 @@ import pytest
 import torch
 
 from ssn_ext.networks import SpatialGenerator, local_scale, resize, spatially_modulated_conv2d
-from torch_utils.ops import bias_act, own_kernels, upfirdn2d
+from torch_utils.ops import bias_act, own_kernels, upfirdn2d, winograd
 from training.networks import SynthesisLayer, modulated_conv2d
 
 FILTER = upfirdn2d.setup_filter([1, 3, 3, 1])
+
+
+@pytest.fixture(params=["whole", "by tiles"])
+def tiled(request, monkeypatch):
+    """Layers as they are, and so that even the small ones here are convolved by tiles, where they can be."""
+    if request.param == "by tiles":
+        monkeypatch.setattr(winograd, "_CHANNELS", 1)
+        monkeypatch.setattr(winograd, "_TILES", 1)
+        monkeypatch.setattr(winograd, "_chunks", lambda num, counts, _: real_chunks(num, counts, 2))
+    return request.param == "by tiles"
+
+
+real_chunks = winograd._chunks
 
 
 @pytest.mark.parametrize("num", [1, 3])
 @pytest.mark.parametrize("up", [1, 2])
 @pytest.mark.parametrize("act,clamp", [("lrelu", None), ("lrelu", 0.7), ("relu", None), ("linear", 0.5)])
 @pytest.mark.parametrize("noisy", ["per sample", "shared", "none"])
-def test_equals_the_composition(num, up, act, clamp, noisy):
+def test_equals_the_composition(num, up, act, clamp, noisy, tiled):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(num, 6, 10, 12), torch.randn(5, 6, 3, 3), torch.randn(5)
     styles, scale = torch.randn(num, 6), torch.rand(num, 5) + 0.5
@@ -68,7 +81,7 @@ def test_small_pictures_of_wide_layers_do_not_pay():
 @pytest.mark.parametrize("shape", [(10, 12), (300, 40)])  # one strip, several
 @pytest.mark.parametrize("grids", [[(4, 4)], [(2, 3), (10, 6)]])
 @pytest.mark.parametrize("demodulation", ["circular", None, "local"])
-def test_spatial_layers_equal_the_composition_over_whole_maps(shape, grids, demodulation):
+def test_spatial_layers_equal_the_composition_over_whole_maps(shape, grids, demodulation, tiled):
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 24, *shape), torch.randn(8, 24, 3, 3), torch.randn(8)
     grids = [torch.randn(2, 24, *each) for each in grids]
@@ -103,7 +116,7 @@ def test_spatial_layers_equal_the_composition_over_whole_maps(shape, grids, demo
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("demodulation", ["circular", "local"])
-def test_a_whole_spatial_generator_draws_the_same_picture_either_way(half, demodulation, monkeypatch):
+def test_a_whole_spatial_generator_draws_the_same_picture_either_way(half, demodulation, tiled, monkeypatch):
     options = dict(num_fp16_res=4, half_dtype="bfloat16") if half else {}
     options["demodulation"] = demodulation
     G = SpatialGenerator(

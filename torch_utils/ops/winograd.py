@@ -13,13 +13,14 @@ standard deviation, the largest of a million within 3e-5).
 """
 
 import functools
+import math
 
 import torch
 
 from torch_utils import custom_ops
 
-_TILE, _TAPS = 4, 3
-_VALUES = _TILE + _TAPS - 1  # along one axis
+TILE, _TAPS = 4, 3
+_VALUES = TILE + _TAPS - 1  # along one axis
 _POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))  # and infinity
 _CHANNELS, _TILES = 128, 64  # from so many on, the transformations cost less than they save
 
@@ -43,7 +44,7 @@ def pays(x, weight, stride=1, padding=0, dilation=1, groups=1):
         return False
     if max(_pair(padding)) >= _TAPS or min(_pair(padding)) < 0:
         return False
-    rows, columns = (side // _TILE for side in _size(x, _pair(padding)))
+    rows, columns = (side // TILE for side in _size(x, _pair(padding)))
     return min(rows, columns) > 0 and x.shape[0] * rows * columns >= _TILES
 
 
@@ -66,6 +67,7 @@ def conv2d(x, weight, bias=None, padding=0):
 
 
 @functools.cache
+@torch.inference_mode(False)  # else what is made in inference mode could not be used outside
 def _matrices(transposed, dtype):
     """A^T [16,36], G [36,9] and B [36,36] for both axes at once; G of the mirrored kernel for a transposed
     convolution."""
@@ -74,7 +76,7 @@ def _matrices(transposed, dtype):
     def powers(count):  # 1, x, x^2, ... at the points; at infinity, only the highest counts
         return torch.cat([points[:, None] ** torch.arange(count), torch.eye(count, dtype=torch.float64)[-1:]])
 
-    parts = [powers(_TILE), powers(_TAPS), torch.linalg.inv(powers(_VALUES)).t()]
+    parts = [powers(TILE), powers(_TAPS), torch.linalg.inv(powers(_VALUES)).t()]
     sizes = torch.stack([part.norm(dim=1, keepdim=True) for part in parts]).log()
     scales = (sizes.mean(dim=0) - sizes).exp()  # make the three rows of every product the same size
     A, G, B = (part * scale for part, scale in zip(parts, scales, strict=True))
@@ -83,50 +85,55 @@ def _matrices(transposed, dtype):
 
 
 class _Tiles:
-    """matrix [36,size^2] times the tiles of images [N,C,H,W], some tiles at a time, in memory that is used again.
+    """The tiles of images: size x size values each, that follow each other at every four pixels, counts = (rows,
+    columns) of them. The first begins `before` = (y, x) pixels outside the image; there values are zero.
 
-    A tile has size x size values; the first starts `before` = (y, x) pixels outside the image, where values are zero,
-    and they follow each other at every four. counts: their numbers (rows, columns)."""
+    images: [N,C,H,W], or None for images of that `shape` that are still to be written, into the view `inside`
+    [N,H,W,C], in memory like that of `like`."""
 
-    def __init__(self, matrix, images, before, counts):
-        self.matrix, size = matrix, round(matrix.shape[1] ** 0.5)
-        num, channels, height, width = images.shape
-        shape = [_TILE * (count - 1) + size for count in counts]
-        pixels = images.permute(0, 2, 3, 1)
-        if any(before) or shape != [height, width] or not pixels.is_contiguous():
-            y, x = before
-            padded = images.new_empty([num, *shape, channels])
-            padded[:, y : y + height, x : x + width] = pixels[:, : shape[0] - y, : shape[1] - x]
-            for border in (
-                padded[:, :y],
-                padded[:, y + height :],
-                padded[:, :, :x],
-                padded[:, :, x + width :],
-            ):
+    def __init__(self, images, before, counts, size, shape=None, like=None):
+        num, channels, height, width = images.shape if shape is None else shape
+        sides = [TILE * (count - 1) + size for count in counts]
+        pixels = None if images is None else images.permute(0, 2, 3, 1)
+        if pixels is None or any(before) or sides != [height, width] or not pixels.is_contiguous():
+            memory = (images if like is None else like).new_empty([num, *sides, channels])
+            (top, left), (bottom, right) = before, (before[0] + height, before[1] + width)
+            self.inside = memory[:, top:bottom, left:right]
+            if pixels is not None:
+                self.inside.copy_(pixels)
+            for border in (memory[:, :top], memory[:, bottom:], memory[:, :, :left], memory[:, :, right:]):
                 border.zero_()
-            pixels = padded
+            pixels = memory
         n, h, w, c = pixels.stride()
-        steps = [h, w, n, _TILE * h, _TILE * w, c]
-        shape = [size, size, num, *counts, channels]
+        shape, steps = [size, size, num, *counts, channels], [h, w, n, TILE * h, TILE * w, c]
         self.view = pixels.as_strided(shape, steps, pixels.storage_offset())
-        self.memory = None
+        self.empty = _Reused(), _Reused()
 
-    def __call__(self, samples, rows):
-        """[36,tiles,C] of these samples and rows of tiles (slices); the first call asks for the most."""
+    def transformed(self, matrix, samples, rows):
+        """matrix [36,size^2] times the tiles of these samples and rows (slices): [36,tiles,C]."""
         part = self.view[:, :, samples, rows]
         count = part[0, 0].numel()
-        if self.memory is None:
-            self.memory = [part.new_empty(side * count) for side in reversed(self.matrix.shape)]
-        flat, out = (
-            m[: side * count].view(side, count)
-            for m, side in zip(self.memory, reversed(self.matrix.shape), strict=True)
-        )
+        flat = self.empty[0](part, matrix.shape[1], count)
         flat.view(part.shape).copy_(part)
-        return torch.mm(self.matrix, flat, out=out).view(len(out), -1, part.shape[-1])
+        out = self.empty[1](part, len(matrix), count)
+        return torch.mm(matrix, flat, out=out).view(len(matrix), -1, part.shape[-1])
+
+
+class _Reused:
+    """Memory for one tensor after the other; none may be larger than the first."""
+
+    def __init__(self):
+        self.memory = None
+
+    def __call__(self, like, *shape):
+        size = math.prod(shape)
+        if self.memory is None:
+            self.memory = like.new_empty(size)
+        return self.memory[:size].view(shape)
 
 
 def _chunks(num, counts, most):
-    """Slices (samples, rows) of about `most` tiles."""
+    """Slices (samples, rows) of about `most` tiles, none of more than the first."""
     rows, columns = counts
     if rows * columns <= most:
         step = most // (rows * columns)
@@ -135,34 +142,70 @@ def _chunks(num, counts, most):
     return [(slice(i, i + 1), slice(j, j + step)) for i in range(num) for j in range(0, rows, step)]
 
 
+def _count(size):
+    return [-(-side // TILE) for side in size]
+
+
+def _results(tiles, weight, transposed):
+    """The convolution of the images in `tiles`, chunk by chunk: yields (samples, rows) and what is there,
+    [samples,rows,4,columns,4,O], which may be written to."""
+    back, G, B = _matrices(transposed, weight.dtype)
+    kernels = torch.mm(G, weight.reshape(-1, _TAPS**2).t()).view(-1, *weight.shape[:2])
+    kernels = kernels if transposed else kernels.transpose(1, 2)  # [36,channels before,after]
+    num, rows, columns, channels = *tiles.view.shape[2:5], kernels.shape[2]
+    empty = _Reused(), _Reused()
+    for chunk in _chunks(num, (rows, columns), max(kernels.shape[1:])):
+        values = tiles.transformed(B, *chunk)
+        products = torch.bmm(values, kernels, out=empty[0](values, *values.shape[:2], channels)).flatten(1)
+        made = torch.mm(back, products, out=empty[1](products, len(back), products.shape[1]))
+        shape = [TILE, TILE, -1, len(range(rows)[chunk[1]]), columns, channels]
+        yield chunk, made.view(shape).permute(2, 3, 0, 4, 1, 5)
+
+
 def _convolve(x, weight, padding, transposed, size, bias=None):
     """conv2d of x [N,C,H,W] with weight [O,C,3,3], or conv_transpose2d of x [N,O,H,W] with it, to images of `size`;
     plus bias."""
-    back, G, B = _matrices(transposed, x.dtype)
-    counts = [-(-side // _TILE) for side in size]
-    kernels = torch.mm(G, weight.reshape(-1, _TAPS**2).t()).view(-1, *weight.shape[:2])
-    kernels = kernels if transposed else kernels.transpose(1, 2)  # [36,channels before,after]
-    channels = kernels.shape[2]
+    rows, columns = counts = _count(size)
     before = [_TAPS - 1 - pad for pad in padding] if transposed else padding
-    tiles = _Tiles(B, x, before, counts)
-    out = x.new_empty([x.shape[0], counts[0], _TILE, counts[1], _TILE, channels])
-    for chunk in _chunks(x.shape[0], counts, max(kernels.shape[1:])):
-        products = torch.bmm(tiles(*chunk), kernels)
-        target = out[chunk].permute(2, 4, 0, 1, 3, 5)
-        results = torch.mm(back, products.flatten(1)).view(target.shape)
-        target.copy_(results) if bias is None else torch.add(results, bias, out=target)
-    out = out.view(x.shape[0], _TILE * counts[0], _TILE * counts[1], channels)
-    return out[:, : size[0], : size[1]].permute(0, 3, 1, 2)
+    channels = weight.shape[1 if transposed else 0]
+    out = x.new_empty([x.shape[0], rows, TILE, columns, TILE, channels])
+    for chunk, made in _results(_Tiles(x, before, counts, _VALUES), weight, transposed):
+        out[chunk].copy_(made) if bias is None else torch.add(made, bias, out=out[chunk])
+    return _images(out, size)
+
+
+def _images(out, size):
+    """[N,rows,4,columns,4,O] -> [N,O,H,W] of `size`, channels-last."""
+    out = out.flatten(3, 4).flatten(1, 2)[:, : size[0], : size[1]]
+    return out.contiguous().permute(0, 3, 1, 2)
+
+
+def layer(shape, weight, padding, fill, finish):
+    """A convolution whose input is written, and whose result is worked on, while it is in a cache; no gradients.
+
+    shape: [N,C,H,W] of the input, weight [O,C,3,3], padding 0, 1 or 2. fill(x): writes the input into the view x
+    [N,H,W,C]. finish(samples, rows, y, out): from a part y [samples,rows,4,columns,4,O] of the result, which may be
+    written to, makes out of the same shape; samples and rows of 4 pixels are slices.
+    Returns [N,O,H',W'], channels-last."""
+    size = [side + 2 * padding - _TAPS + 1 for side in shape[2:]]
+    rows, columns = counts = _count(size)
+    tiles = _Tiles(None, (padding, padding), counts, _VALUES, shape, weight)
+    fill(tiles.inside)
+    out = weight.new_empty([shape[0], rows, TILE, columns, TILE, weight.shape[0]])
+    for chunk, made in _results(tiles, weight, False):
+        finish(*chunk, made, out[chunk])
+    return _images(out, size)
 
 
 def _of_weight(x, y, padding):
     """The gradient [O,C,3,3] of a convolution of x [N,C,H,W], where that of its result is y [N,O,H',W']."""
     back, G, B = _matrices(False, x.dtype)
-    counts = [-(-side // _TILE) for side in y.shape[2:]]
-    before, after = _Tiles(B, x, padding, counts), _Tiles(back.t(), y, (0, 0), counts)
+    counts = _count(y.shape[2:])
+    values, results = _Tiles(x, padding, counts, _VALUES), _Tiles(y, (0, 0), counts, TILE)
     total = x.new_empty([len(B), y.shape[1], x.shape[1]])
     for number, chunk in enumerate(_chunks(x.shape[0], counts, max(total.shape[1:]))):
-        total.baddbmm_(after(*chunk).transpose(1, 2), before(*chunk), beta=min(number, 1))
+        after, before = results.transformed(back.t(), *chunk), values.transformed(B, *chunk)
+        total.baddbmm_(after.transpose(1, 2), before, beta=min(number, 1))
     return torch.mm(total.flatten(1).t(), G).view(y.shape[1], x.shape[1], _TAPS, _TAPS)
 
 
