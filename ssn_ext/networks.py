@@ -149,7 +149,7 @@ def spatially_modulated_conv2d(
         scale = local_scale(weight, sum_of_maps(styles, *(cells or shape)))
     elif demodulation == "circular" and (small or fused):
         of_maps = mean_square if small else spatial_modulation.mean_square
-        scale = _inverse_root(of_maps(styles, *shape).matmul(_tap_energy(weight).t()))
+        scale = _inverse_root(_energy_through(weight, of_maps(styles, *shape)))
     elif demodulation is not None:
         variance = expected_variance(weight, sum_of_maps(grids, *shape), demodulation, flip_weight)
         scale = _inverse_root(variance)
@@ -201,7 +201,7 @@ def expected_variance(weight, styles, borders="circular", flip_weight=True):
     dtype = torch.promote_types(styles.dtype, torch.float32)  # never in half precision
     styles, weight = styles.to(dtype), weight.to(dtype)
     if borders == "circular":
-        return (styles * styles).mean(dim=[2, 3]).matmul(_tap_energy(weight).t())
+        return _energy_through(weight, (styles * styles).mean(dim=[2, 3]))
     assert borders == "zero_padded", borders
     energy, squares = styles * styles, weight * weight
     if not flip_weight:
@@ -240,6 +240,13 @@ def repeat_cells(x, times):
 def _tap_energy(weight):
     """weight [O,I,k,k] -> [O,I]: the sum of the taps' squares."""
     return (weight * weight).sum(dim=[2, 3]) if tap_energy is None else tap_energy.tap_energy(weight)
+
+
+def _energy_through(weight, energy):
+    """energy [N,I] -> [N,O]: times the sum of the taps' squares of weight [O,I,k,k], summed over I."""
+    if tap_energy is None:
+        return energy.matmul(_tap_energy(weight).t())
+    return tap_energy.energy_through(weight, energy)
 
 
 def _rescale_for_half(weight, grids):

@@ -81,11 +81,11 @@ def _rescale_for_half(weight, styles):
 
 def _demodulation(weight, styles):
     """1 / sqrt(sum_i styles[n,i]^2 * (sum_kh,kw weight[o,i]^2) + 1e-8) -> [N,O]; no kernel per sample."""
-    if tap_energy is None:
-        energy = (weight * weight).sum(dim=[2, 3])  # [O,I]
+    if tap_energy is not None:
+        energy = tap_energy.energy_through(weight, styles * styles)
     else:
-        energy = tap_energy.tap_energy(weight)
-    return torch.rsqrt(torch.matmul(styles * styles, energy.t()) + 1e-8)
+        energy = torch.matmul(styles * styles, (weight * weight).sum(dim=[2, 3]).t())
+    return torch.rsqrt(energy + 1e-8)
 
 
 def _multiply_pixels(x, weight, styles, scale, noise):

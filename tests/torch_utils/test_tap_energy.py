@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from torch_utils.ops.tap_energy import tap_energy
+from torch_utils.ops import tap_energy as module
+from torch_utils.ops.tap_energy import energy_through, tap_energy
 
 
 def test_values_and_three_derivatives():
@@ -28,3 +29,20 @@ def test_onlookers(wanted):
     torch.testing.assert_close(tangent, 2 * w.square().sum(dim=[2, 3]))
     batch = torch.stack([w.detach(), 2 * w.detach()])
     torch.testing.assert_close(torch.func.vmap(tap_energy)(batch), batch.square().sum(dim=[3, 4]))
+
+
+@pytest.mark.parametrize("num", [1, 4, 40])
+@pytest.mark.parametrize("strip", [1, 70, 10**6])
+def test_energy_through_weights(num, strip, monkeypatch):
+    monkeypatch.setattr(module, "_STRIP", strip)
+    w, energy = torch.randn(7, 3, 3, 3, dtype=torch.float64), torch.rand(num, 3, dtype=torch.float64)
+    want = torch.einsum("ni,oiyx->no", energy, w.square())
+    with torch.no_grad():
+        torch.testing.assert_close(energy_through(w, energy), want)
+    w.requires_grad_()
+    got, upstream = energy_through(w, energy), torch.randn(num, 7, dtype=torch.float64)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, w, upstream)[0],
+        2 * w * torch.einsum("no,ni->oi", upstream, energy)[:, :, None, None],
+    )

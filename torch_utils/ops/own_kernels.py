@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from . import spatial_modulation, winograd
 from .conv2d_resample import _conv, _conv_upsampled, _total_padding
-from .tap_energy import tap_energy
+from .tap_energy import energy_through
 from .upfirdn2d import _by_axis, _filter_pass
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -143,7 +143,7 @@ def spatial_layer(x, weight, grids, demodulate, noise, bias, **options):
     scale = demodulate if isinstance(demodulate, torch.Tensor) else None
     if demodulate is True:
         energy = spatial_modulation.mean_square(grids, *x.shape[2:])  # [N,I]
-        scale = (energy.matmul(tap_energy(weight).t()) + 1e-8).rsqrt()
+        scale = (energy_through(weight, energy) + 1e-8).rsqrt()
     return layer(x, weight, grids, scale, noise, bias, **options)
 
 
