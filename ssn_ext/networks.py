@@ -575,8 +575,9 @@ class SpatialToRGBLayer(torch.nn.Module):
         weight = self.weight * self.weight_gain  # the gain on the few weights instead of on the large map
         grids = style_grids(self.affine, self.encoder_style, w, e)
         fast = own_kernels is not None and own_kernels.pays(x, weight, 1, "linear") and self.padding == 0
-        if fast and self.conv_clamp is None:
-            return own_kernels.spatial_to_rgb(x, weight.flatten(1), grids, self.bias)
+        if fast:
+            x = own_kernels.spatial_to_rgb(x, weight.flatten(1), grids, self.bias)
+            return x if self.conv_clamp is None else x.clamp_(-self.conv_clamp, self.conv_clamp)
         x = spatially_modulated_conv2d(x, weight, grids, padding=self.padding, demodulation=None)
         return bias_act.bias_act(x, self.bias.to(x.dtype), clamp=self.conv_clamp)
 

@@ -116,9 +116,12 @@ def test_spatial_layers_equal_the_composition_over_whole_maps(shape, grids, demo
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("demodulation", ["circular", "local"])
-def test_a_whole_spatial_generator_draws_the_same_picture_either_way(half, demodulation, tiled, monkeypatch):
+@pytest.mark.parametrize("clamp", [None, 0.6])
+def test_a_whole_spatial_generator_draws_the_same_picture_either_way(
+    half, demodulation, clamp, tiled, monkeypatch
+):
     options = dict(num_fp16_res=4, half_dtype="bfloat16") if half else {}
-    options["demodulation"] = demodulation
+    options.update(demodulation=demodulation, conv_clamp=clamp)
     G = SpatialGenerator(
         32, 0, 32, 64, 3, [2, 2], synthesis_kwargs=dict(channel_base=512, channel_max=16, **options)
     ).eval()
