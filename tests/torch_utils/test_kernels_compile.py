@@ -14,7 +14,7 @@ from torch.utils import cpp_extension
 from torch_utils import custom_ops, nvrtc
 from torch_utils.ops import bias_act, spatial_modulation, upfirdn2d
 
-TARGETS = ["sm_75", "sm_80", "sm_90", "sm_120"]
+TARGETS = ["sm_75", "sm_80", "sm_90", "sm_100", "sm_120"]
 TYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 WARNINGS = ["-std=c++17", "-Werror", "all-warnings", "-Xptxas", "--warning-as-error,-v"]
 
