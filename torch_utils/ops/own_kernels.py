@@ -197,7 +197,7 @@ def _style_strips(x, grids):
         for first in range(0, height, step):
             rows = slice(first, min(first + step, height))
             style = buffer[: rows.stop - first]
-            torch.matmul(columns, styles[rows], out=style)
+            torch.bmm(columns.expand(len(style), -1, -1), styles[rows], out=style)
             yield n, rows, style
 
 
@@ -218,4 +218,5 @@ def _tall_styles(shape, grids, dtype):
         ]
         return torch.cat(maps, dim=1) if len(maps) > 1 else maps[0]
 
-    return torch.cat(axes[1], dim=1), map(tall, range(num))
+    columns = torch.cat(axes[1], dim=1) if len(grids) > 1 else axes[1][0]
+    return columns, map(tall, range(num))
