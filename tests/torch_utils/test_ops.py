@@ -691,6 +691,32 @@ def test_convolutions_of_few_positions_are_those_of_many(up, down, monkeypatch):
     assert torch.autograd.gradcheck(run, [x, w]) and torch.autograd.gradgradcheck(run, [x, w])
 
 
+@pytest.mark.parametrize("stride, kernel", [(2, (3, 3)), (2, (2, 5)), (3, (4, 3)), (1, (3, 1))])
+def test_transposed_convolutions_by_phases(stride, kernel):
+    x, w = torch.randn(2, 5, 4, 6, dtype=torch.float64), torch.randn(5, 3, *kernel, dtype=torch.float64)
+    got = resampled_convolution._conv_transpose_phases(x, w, stride)
+    torch.testing.assert_close(got, torch.nn.functional.conv_transpose2d(x, w, stride=stride))
+
+
+def test_phases_are_taken_in_bfloat16_without_gradients(monkeypatch):
+    f = upfirdn2d.setup_filter([1, 3, 3, 1])
+    x, w = torch.randn(2, 8, 16, 16).bfloat16(), torch.randn(4, 8, 3, 3).bfloat16()
+    taken, real = [], resampled_convolution._conv_transpose_phases
+    monkeypatch.setattr(
+        resampled_convolution, "_conv_transpose_phases", lambda *args: taken.append(1) or real(*args)
+    )
+
+    def run(x, w):
+        return conv2d_resample(x, w, f, up=2, padding=1, flip_weight=False)
+
+    want = run(x, w)
+    assert not taken
+    with torch.no_grad():
+        got, exact = run(x, w), run(x.double(), w.double())
+    assert len(taken) == 1
+    assert (got - exact).std() < 1.05 * (want - exact).std()
+
+
 def test_few_positions_are_counted_against_channels():
     x, w = torch.randn(2, 5, 4, 4), torch.randn(32, 5, 3, 3)
     assert resampled_convolution._few_positions(x, w, [4, 4]) and not resampled_convolution._few_positions(

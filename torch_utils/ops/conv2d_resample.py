@@ -96,6 +96,30 @@ def _conv_transpose_columns(x, w, stride, padding):
     return F.fold(columns, shape, w.shape[2:], padding=padding, stride=stride)
 
 
+def _by_phases(x, w):
+    """Whether a transposed convolution, w [I,O,kh,kw], is faster as several convolutions: in bfloat16 on a CPU, where
+    there are many positions and no gradients are asked for."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or torch.is_grad_enabled():
+        return False
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return False
+    return x.shape[0] * x.shape[2] * x.shape[3] >= 2 * max(w.shape[:2])
+
+
+def _conv_transpose_phases(x, w, stride):
+    """conv_transpose2d, w [I,O,kh,kw] with sides >= stride: the results at every stride-th position meet the same taps,
+    y[stride * q + r] = sum_m w[stride * m + r] x[q - m]."""
+    num, _, height, width = x.shape
+    shape = [(side - 1) * stride + taps for side, taps in zip((height, width), w.shape[2:], strict=True)]
+    out = torch.empty([num, w.shape[1], *shape], dtype=x.dtype, memory_format=torch.channels_last)
+    for i in range(stride):
+        for j in range(stride):
+            taps = w[:, :, i::stride, j::stride].flip([2, 3]).transpose(0, 1)
+            full = taps.shape[2] - 1, taps.shape[3] - 1
+            out[:, :, i::stride, j::stride] = F.conv2d(x, taps, padding=full)
+    return out
+
+
 def _conv_upsampled(x, w, up, pads, groups, flip_weight):
     """Convolves x with zeros put between its pixels. Returns that and the padding still to be applied.
 
@@ -113,6 +137,8 @@ def _conv_upsampled(x, w, up, pads, groups, flip_weight):
     crop_x, crop_y = max(-max(left[:2]), 0), max(-max(left[2:]), 0)
     if groups == 1 and _few_positions(x, w, x.shape[2:]):
         x = _conv_transpose_columns(x, w, up, [crop_y, crop_x])
+    elif groups == 1 and _by_phases(x, w) and crop_x == crop_y == 0 and min(w.shape[2:]) >= up:
+        x = _conv_transpose_phases(x, w, up)
     else:
         x = conv2d_gradfix.conv_transpose2d(x, w, stride=up, padding=[crop_y, crop_x], groups=groups)
     return x, [n + m for n, m in zip(left, (crop_x, crop_x, crop_y, crop_y), strict=True)]
