@@ -132,8 +132,10 @@ class _Reused:
         return self.memory[:size].view(shape)
 
 
-def _chunks(num, counts, most):
-    """Slices (samples, rows) of about `most` tiles, none of more than the first."""
+def _chunks(num, counts, channels):
+    """Slices (samples, rows) of tiles, none of more than the first: about as many tiles as channels for every two
+    cores, so that tiles and kernels are read as often and what is made of a tile is still in a cache."""
+    most = channels * max(torch.get_num_threads() // 2, 1)
     rows, columns = counts
     if rows * columns <= most:
         step = most // (rows * columns)
