@@ -127,9 +127,10 @@ def main(**options):
         click.echo(f"Network {job.network_source}: {width}x{height} pixels, {grid} blocks, on {job.device}")
         folder = results.run_folder(job.outdir, job.name, job.same)
         records = []
-        for start in job.starts:
-            records.append(session.resample(job, folder, start))
-            show_result(job, records[-1])
+        with results.removed_if_empty(folder):
+            for start in job.starts:
+                records.append(session.resample(job, folder, start))
+                show_result(job, records[-1])
     show_files(job, folder, records)
 
 

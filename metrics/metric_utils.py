@@ -23,7 +23,7 @@ from metrics import detectors
 from metrics.feature_stats import FeatureStats
 from metrics.progress import ProgressMonitor
 from torch_utils import distributed, misc
-from torch_utils.images import to_uint8
+from torch_utils.images import picture_pixels
 
 SHARED_LIMIT = 100000  # features of more pictures than this are not kept for the next metric of a call
 FEATURE_DTYPE = "float32"
@@ -222,7 +222,7 @@ def generated_batches(opts, num_items, batch_size, batch_gen):
             z, _, picks = latents(opts, part, num_labels=num_labels)
             c = labels_for(opts, dataset, picks)
             with seeded(opts.device, opts.seed, part[0]):
-                pictures.append(to_uint8(G(z[:, 0].to(opts.device), c[:, 0], **opts.G_kwargs)))
+                pictures.append(picture_pixels(G(z[:, 0].to(opts.device), c[:, 0], **opts.G_kwargs)))
         yield torch.cat(pictures)
 
 

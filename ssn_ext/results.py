@@ -11,11 +11,13 @@ that folder (it would write the same files, or those of further seeds); any othe
 own.
 """
 
+import contextlib
 import glob
 import json
 import math
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +140,16 @@ def run_folder(outdir: str, label: str, same: dict[str, Any]) -> str:
     folder = os.path.join(outdir, f"{max(numbers) + 1:05d}-{label}")
     os.makedirs(folder)
     return folder
+
+
+@contextlib.contextmanager
+def removed_if_empty(folder: str) -> Iterator[None]:
+    """Context that leaves no folder behind in which nothing was written."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # it holds something
+            os.rmdir(folder)
 
 
 def _is_same(folder: str, same: dict[str, Any]) -> bool:

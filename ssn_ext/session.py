@@ -16,7 +16,7 @@ from ssn_ext import figures, ranking, resampling, results
 from ssn_ext.distortion import discriminator_features
 from ssn_ext.grids import block_name, grids_of
 from torch_utils.distributed import choose_device
-from torch_utils.images import read_label_map, read_white, to_uint8, write_png
+from torch_utils.images import picture_pixels, read_label_map, read_white, write_png
 from training import generating
 from training.shapes import shape_of
 from training.snapshot import SnapshotError, load_network_pkl
@@ -322,6 +322,7 @@ def resample(job: Job, folder: str, start: results.Start) -> dict[str, Any]:
     if blocks:
         ws = torch.cat([ws, resampling.redraw(job.G, ws, blocks, donors, job.label, settings["trunc"])])
     pictures = resampling.render(job.G, ws, settings["noise_mode"], start.seed)
+    pixels = picture_pixels(pictures).permute(0, 2, 3, 1).cpu().numpy()
     features = None if job.D is None else functools.partial(discriminator_features, job.D)
     changes = resampling.measure(pictures[:1], pictures[1:], job.mask, grids_of(job.G), features)
     candidates = [
@@ -330,7 +331,6 @@ def resample(job: Job, folder: str, start: results.Start) -> dict[str, Any]:
     ]
     if "by" in settings and candidates:
         _rank(job, candidates, pictures)
-    pictures = pictures.cpu()
     record = {
         "name": start.name,
         "seed": start.seed,
@@ -344,7 +344,7 @@ def resample(job: Job, folder: str, start: results.Start) -> dict[str, Any]:
     if start.z is not None:
         arrays["z"] = _latents(job, start, donors if blocks else [])
     results.write_arrays(os.path.join(folder, record["files"]["latents"]), arrays)
-    _write_pictures(job, folder, start, record, to_uint8(pictures).permute(0, 2, 3, 1).numpy())
+    _write_pictures(job, folder, start, record, pixels)
     results.write_record(os.path.join(folder, f"{start.name}.json"), record)  # last: it names the others
     return record
 

@@ -408,6 +408,12 @@ def test_nothing_is_overwritten_unless_allowed(use, run, fails):
     assert "0-0.png and 1 more would be replaced" in fails("--rows=0", "--cols=2", script=style_mixing)
 
 
+def test_pictures_that_are_no_numbers_are_not_written(use, fails):
+    G = use(Toy())
+    G.synthesis = lambda ws, **_: torch.full([len(ws), 3, 8, 8], float("nan"))
+    assert "values that are no numbers (NaN)" in fails("--seeds=0")
+
+
 def test_seeds_are_required(use, fails):
     use(Toy())
     assert "--seeds option is required when not using --projected-w" in fails()

@@ -381,6 +381,13 @@ def test_mistakes_are_one_clear_line(run, tmp_path, args, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_pictures_that_are_no_numbers_leave_nothing_behind(run, tmp_path):
+    assert (
+        "values that are no numbers (NaN)" in fails(tmp_path, "--blocks=0", "--seeds=0", "--trunc=1e30")[-1]
+    )
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def fails(tmp_path, *args):
     """The lines printed by a call that ends with a user error, not with an exception of ours."""
     result = CliRunner().invoke(resample.main, [f"--outdir={tmp_path / 'out'}", *args])

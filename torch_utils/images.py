@@ -27,6 +27,16 @@ def to_uint8(x: torch.Tensor) -> torch.Tensor:
     return (x * 127.5 + 128).floor().clamp(0, 255).to(torch.uint8)
 
 
+def picture_pixels(x: torch.Tensor) -> torch.Tensor:
+    """`to_uint8` of a network's pictures; ValueError where values are not numbers, which would become black pixels."""
+    if torch.isnan(x).any():
+        raise ValueError(
+            "the network draws pictures with values that are no numbers (NaN): its training has diverged, or its "
+            "latents are out of all proportion (--trunc, --projected-w)"
+        )
+    return to_uint8(x)
+
+
 def make_grid(images: np.ndarray | torch.Tensor, grid_size: tuple) -> np.ndarray:
     """Puts uint8 images [N, C, H, W] into a grid of (columns, rows), row by row -> [rows * H, columns * W,
     C].

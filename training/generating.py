@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 
-from torch_utils.images import make_grid, to_uint8
+from torch_utils.images import make_grid, picture_pixels
 from training.snapshot import load_network_pkl
 
 PIXELS_AT_A_TIME = 2**22  # four pictures of 1024x1024
@@ -169,7 +169,7 @@ def pictures(
         for ws in batch.split(1 if noise_mode == "random" else len(batch)):
             seed = next(seeds) if noise_mode == "random" else 0
             images = synthesize(G, ws, noise_mode, seed)
-            yield from to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+            yield from picture_pixels(images).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def picture_grid(images: Sequence[np.ndarray], columns: int, rows: int) -> np.ndarray:
