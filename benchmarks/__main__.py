@@ -157,8 +157,9 @@ def main(
     """Time this code on this machine, as shares of the machine's own matrix rate.
 
     All cases take turns, so that what else the machine does hits them alike: the ratios of one run count, not
-    the times. Operations are counted as they run: 2 for every multiply-add of convolutions and matrix products;
-    filters and everything elementwise count as nothing, so that their time lowers the share.
+    the times. Operations are counted as PyTorch's own convolutions and matrix products do them, 2 for every
+    multiply-add: an algorithm that needs fewer may pass 100%. Filters and everything elementwise count as nothing,
+    so that their time lowers the share.
     """
     if ctx.invoked_subcommand is not None:
         return
