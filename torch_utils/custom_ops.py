@@ -77,6 +77,12 @@ def is_reference() -> bool:
     return _mode == "reference"
 
 
+def is_recorded() -> bool:
+    """Whether torch.jit.trace or torch.export records a graph: what is chosen by the sizes of its tensors would hold
+    for these sizes alone."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
 def is_watched(x: torch.Tensor) -> bool:
     """Whether somebody looks on who expects PyTorch's own operations, with all that is registered for them: a tracer
     or compiler, autocast on a CPU, torch.func, forward-mode derivatives, a tensor subclass as x."""

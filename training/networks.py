@@ -656,10 +656,8 @@ class MinibatchStdLayer(torch.nn.Module):
         members = num if self.group_size is None else min(self.group_size, num)
         maps = self.num_channels
         groups = x.reshape(members, -1, maps, channels // maps, height, width)  # [G,N/G,F,C/F,H,W]
-        distances = groups - groups.mean(dim=0)
-        deviation = torch.sqrt(
-            (distances * distances).mean(dim=0) + 1e-8
-        )  # var() takes 50 times as long on a CPU
+        distances = groups - groups.mean(dim=0)  # var() takes 50 times as long on a CPU
+        deviation = torch.sqrt((distances * distances).mean(dim=0) + 1e-8)
         statistic = deviation.mean(dim=[2, 3, 4])  # [N/G,F]
         statistic = statistic.repeat(members, 1)[:, :, None, None].expand(-1, -1, height, width)
         return torch.cat([x, statistic], dim=1)

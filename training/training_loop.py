@@ -255,9 +255,8 @@ class Run:
         self.say(f"Image shape: {self.training_set.image_shape}")
         self.say(f"Label shape: {self.training_set.label_shape}")
         self.say("")
-        digest = getattr(
-            self.training_set, "order_digest", lambda: None
-        )()  # data sets of a user's own need none
+        # data sets of a user's own need no digest
+        digest = getattr(self.training_set, "order_digest", lambda: None)()
         self.data_identity = dict(num_raw=self.training_set.num_raw, data_digest=digest)
 
     def _check_data(self):

@@ -122,6 +122,7 @@ def test_a_whole_spatial_generator_draws_the_same_picture_either_way(
 ):
     options = dict(num_fp16_res=4, half_dtype="bfloat16") if half else {}
     options.update(demodulation=demodulation, conv_clamp=clamp)
+    torch.manual_seed(0)  # in bfloat16 single pixels may be far off
     G = SpatialGenerator(
         32, 0, 32, 64, 3, [2, 2], synthesis_kwargs=dict(channel_base=512, channel_max=16, **options)
     ).eval()
@@ -134,4 +135,4 @@ def test_a_whole_spatial_generator_draws_the_same_picture_either_way(
         monkeypatch.setattr(own_kernels, "pays", lambda *_: False)
         want = G(z, None, noise_mode="const")
     error = (got - want) / want.std()
-    assert error.square().mean().sqrt() < 0.04 if half else error.abs().max() < 1e-4
+    assert error.abs().max() < (0.2 if half else 1e-4) and error.square().mean().sqrt() < 0.04

@@ -4,6 +4,8 @@
 import torch
 import torch.nn.functional as F
 
+from torch_utils import custom_ops
+
 from . import conv2d_gradfix
 from .upfirdn2d import _get_filter_size, _ints, _parse_padding, upfirdn2d
 
@@ -73,7 +75,7 @@ def _few_positions(x, w, shape):
     kernel is then smaller than the kernel, which a convolution would have to bring into another order."""
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if custom_ops.is_recorded():
         return False
     return x.shape[0] * shape[0] * shape[1] <= max(w.shape[:2])
 
@@ -101,7 +103,7 @@ def _by_phases(x, w):
     there are many positions and no gradients are asked for."""
     if x.device.type != "cpu" or x.dtype != torch.bfloat16 or torch.is_grad_enabled():
         return False
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if custom_ops.is_recorded():
         return False
     return x.shape[0] * x.shape[2] * x.shape[3] >= 2 * max(w.shape[:2])
 

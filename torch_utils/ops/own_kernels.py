@@ -10,6 +10,8 @@ convolved by tiles (winograd.py), with one kernel for all samples: the rest is d
 import torch
 import torch.nn.functional as F
 
+from torch_utils import custom_ops
+
 from . import spatial_modulation, winograd
 from .conv2d_resample import _conv, _conv_upsampled, _total_padding
 from .tap_energy import energy_through
@@ -25,7 +27,7 @@ def pays(x, weight, up, act):
     over them cost more than passes over a kernel per sample, or so many channels that tiles pay."""
     if x.device.type != "cpu" or x.dtype not in _DTYPES or act not in _SLOPES or up not in (1, 2):
         return False
-    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.is_grad_enabled() or custom_ops.is_recorded():
         return False
     out_channels, in_channels, size = weight.shape[0], weight.shape[1], weight.shape[2] * weight.shape[3]
     pixels = x.shape[2] * x.shape[3]

@@ -29,22 +29,18 @@ def pays(x, weight, stride=1, padding=0, dilation=1, groups=1):
     """Whether `conv2d` can do this convolution and saves time: float32 on a CPU, a 3x3 kernel that moves by single
     pixels, many channels and tiles, and nobody looking on who wants PyTorch's own operation (a tracer or compiler,
     autocast, torch.func, forward-mode derivatives, --ops=reference)."""
-    if (
-        x.device.type != "cpu"
-        or x.dtype != torch.float32
-        or weight.dtype != torch.float32
-        or custom_ops.is_watched(x)
-    ):
+    if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32:
         return False
-    if custom_ops.is_reference():
+    if custom_ops.is_reference() or custom_ops.is_watched(x):
         return False
     if x.ndim != 4 or tuple(weight.shape[2:]) != (_TAPS, _TAPS) or min(weight.shape[:2]) < _CHANNELS:
         return False
     if _pair(stride) != (1, 1) or _pair(dilation) != (1, 1) or groups != 1 or isinstance(padding, str):
         return False
-    if max(_pair(padding)) >= _TAPS or min(_pair(padding)) < 0:
+    padding = _pair(padding)
+    if max(padding) >= _TAPS or min(padding) < 0:
         return False
-    rows, columns = (side // TILE for side in _size(x, _pair(padding)))
+    rows, columns = (side // TILE for side in _size(x, padding))
     return min(rows, columns) > 0 and x.shape[0] * rows * columns >= _TILES
 
 
@@ -85,27 +81,13 @@ def _matrices(transposed, dtype):
 
 
 class _Tiles:
-    """The tiles of images: size x size values each, that follow each other at every four pixels, counts = (rows,
-    columns) of them. The first begins `before` = (y, x) pixels outside the image; there values are zero.
+    """The tiles of pixels [N,H,W,C]: size x size values each, that follow each other at every four pixels,
+    counts = (rows, columns) of them."""
 
-    images: [N,C,H,W], or None for images of that `shape` that are still to be written, into the view `inside`
-    [N,H,W,C], in memory like that of `like`."""
-
-    def __init__(self, images, before, counts, size, shape=None, like=None):
-        num, channels, height, width = images.shape if shape is None else shape
-        sides = [TILE * (count - 1) + size for count in counts]
-        pixels = None if images is None else images.permute(0, 2, 3, 1)
-        if pixels is None or any(before) or sides != [height, width] or not pixels.is_contiguous():
-            memory = (images if like is None else like).new_empty([num, *sides, channels])
-            (top, left), (bottom, right) = before, (before[0] + height, before[1] + width)
-            self.inside = memory[:, top:bottom, left:right]
-            if pixels is not None:
-                self.inside.copy_(pixels)
-            for border in (memory[:, :top], memory[:, bottom:], memory[:, :, :left], memory[:, :, right:]):
-                border.zero_()
-            pixels = memory
+    def __init__(self, pixels, counts, size):
         n, h, w, c = pixels.stride()
-        shape, steps = [size, size, num, *counts, channels], [h, w, n, TILE * h, TILE * w, c]
+        shape = [size, size, len(pixels), *counts, pixels.shape[3]]
+        steps = [h, w, n, TILE * h, TILE * w, c]
         self.view = pixels.as_strided(shape, steps, pixels.storage_offset())
         self.empty = _Reused(), _Reused()
 
@@ -117,6 +99,31 @@ class _Tiles:
         flat.view(part.shape).copy_(part)
         out = self.empty[1](part, len(matrix), count)
         return torch.mm(matrix, flat, out=out).view(len(matrix), -1, part.shape[-1])
+
+
+def _sides(counts, size):
+    return [TILE * (count - 1) + size for count in counts]
+
+
+def _framed(like, shape, before, sides):
+    """Memory [N,*sides,C] for images [N,C,H,W] of that shape that begin at before = (y, x), zeros around them, and the
+    view [N,H,W,C] of their place in it, to be written."""
+    num, channels, height, width = shape
+    (top, left), (bottom, right) = before, (before[0] + height, before[1] + width)
+    memory = like.new_empty([num, *sides, channels])
+    for border in (memory[:, :top], memory[:, bottom:], memory[:, :, :left], memory[:, :, right:]):
+        border.zero_()
+    return memory, memory[:, top:bottom, left:right]
+
+
+def _tiles_of(images, before, counts, size):
+    """The tiles of images [N,C,H,W], the first of which begins `before` = (y, x) pixels outside."""
+    pixels, sides = images.permute(0, 2, 3, 1), _sides(counts, size)
+    if any(before) or sides != list(images.shape[2:]) or not pixels.is_contiguous():
+        framed, inside = _framed(images, images.shape, before, sides)
+        inside.copy_(pixels)
+        pixels = framed
+    return _Tiles(pixels, counts, size)
 
 
 class _Reused:
@@ -171,7 +178,7 @@ def _convolve(x, weight, padding, transposed, size, bias=None):
     before = [_TAPS - 1 - pad for pad in padding] if transposed else padding
     channels = weight.shape[1 if transposed else 0]
     out = x.new_empty([x.shape[0], rows, TILE, columns, TILE, channels])
-    for chunk, made in _results(_Tiles(x, before, counts, _VALUES), weight, transposed):
+    for chunk, made in _results(_tiles_of(x, before, counts, _VALUES), weight, transposed):
         out[chunk].copy_(made) if bias is None else torch.add(made, bias, out=out[chunk])
     return _images(out, size)
 
@@ -191,10 +198,10 @@ def layer(shape, weight, padding, fill, finish):
     Returns [N,O,H',W'], channels-last."""
     size = [side + 2 * padding - _TAPS + 1 for side in shape[2:]]
     rows, columns = counts = _count(size)
-    tiles = _Tiles(None, (padding, padding), counts, _VALUES, shape, weight)
-    fill(tiles.inside)
+    pixels, inside = _framed(weight, shape, (padding, padding), _sides(counts, _VALUES))
+    fill(inside)
     out = weight.new_empty([shape[0], rows, TILE, columns, TILE, weight.shape[0]])
-    for chunk, made in _results(tiles, weight, False):
+    for chunk, made in _results(_Tiles(pixels, counts, _VALUES), weight, False):
         finish(*chunk, made, out[chunk])
     return _images(out, size)
 
@@ -203,7 +210,7 @@ def _of_weight(x, y, padding):
     """The gradient [O,C,3,3] of a convolution of x [N,C,H,W], where that of its result is y [N,O,H',W']."""
     back, G, B = _matrices(False, x.dtype)
     counts = _count(y.shape[2:])
-    values, results = _Tiles(x, padding, counts, _VALUES), _Tiles(y, (0, 0), counts, TILE)
+    values, results = _tiles_of(x, padding, counts, _VALUES), _tiles_of(y, (0, 0), counts, TILE)
     total = x.new_empty([len(B), y.shape[1], x.shape[1]])
     for number, chunk in enumerate(_chunks(x.shape[0], counts, max(total.shape[1:]))):
         after, before = results.transformed(back.t(), *chunk), values.transformed(B, *chunk)
